@@ -1,0 +1,110 @@
+"""A run that can stop: checkpoints that are complete or absent, the newest found by itself, signals that end a run cleanly.
+
+    OUT/checkpoints/00000020/   model/ (what `model.load` opens), optimizer.safetensors (moments by parameter name),
+                                random.safetensors, state.json (step, sampler, and the size of every file)
+
+A checkpoint is written under another name and renamed when everything is on disk: after a crash it is there whole or not
+at all. Nothing here knows what is trained.
+"""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+KEEP = 2  # the newest, and one more in case a disk lets the newest down
+
+
+def publish(directory: Path, write: Callable[[Path], None]) -> None:
+    """write(part) fills a folder, which takes its name only when every byte of it is on disk; an old one goes first."""
+    part = directory.with_name(f"{directory.name}.part-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        write(part)
+        for path in [*part.rglob("*"), part]:
+            sync(path)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.rename(part, directory)
+        sync(directory.parent)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def save(run: Path, state: dict, write_model: Callable[[Path], None], parameters: dict[str, Tensor],
+         optimizer: torch.optim.Optimizer, random_state: Sequence[Tensor]) -> None:
+    """Writes run/checkpoints/STEP and removes all but the newest KEEP. state: JSON-able, with "step"."""
+
+    def write(part: Path) -> None:
+        write_model(part / "model")
+        moments = {f"{name}/{kind}": value for name, parameter in parameters.items()
+                   for kind, value in optimizer.state.get(parameter, {}).items()}
+        save_file({name: tensor.contiguous() for name, tensor in moments.items()}, part / "optimizer.safetensors")
+        save_file({str(i): tensor for i, tensor in enumerate(random_state)}, part / "random.safetensors")
+        sizes = {str(path.relative_to(part)): path.stat().st_size for path in part.rglob("*") if path.is_file()}
+        (part / "state.json").write_text(json.dumps(state | {"files": sizes}))
+
+    publish(run / "checkpoints" / f"{state['step']:08d}", write)
+    for old in complete(run)[:-KEEP] + list((run / "checkpoints").glob("*.part-*")):  # the latter: killed while writing
+        shutil.rmtree(old)
+
+
+def complete(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def newest(run: Path) -> tuple[Path, dict]:
+    """The newest checkpoint of a run and its state. Raises FileNotFoundError where there is none, ValueError where it is
+    damaged: going on from an older one is for the user to decide."""
+    found = complete(run)
+    if not found:
+        raise FileNotFoundError(f"--resume: {run} has no complete checkpoint")
+    path, advice = found[-1], f"remove that folder to go on from the checkpoint before it, or from the start"
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}/state.json: does not open ({error}); {advice}") from None
+    for name, size in state["files"].items():
+        found = (path / name).stat().st_size if (path / name).is_file() else 0
+        if found != size:
+            raise ValueError(f"{path / name}: {found} bytes of {size}, the checkpoint is truncated; {advice}")
+    return path, state
+
+
+def restore(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Gives the optimizer its moments back -> the random state. (The weights came with `model.load(path / "model")`.)"""
+    try:
+        moments, random = load_file(path / "optimizer.safetensors"), load_file(path / "random.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: does not open ({error})") from None
+    for name, value in moments.items():
+        parameter, kind = name.rsplit("/", 1)
+        optimizer.state[parameters[parameter]][kind] = value.to(parameters[parameter].device)
+    return [random[str(i)] for i in range(len(random))]
+
+
+class StopSignal:
+    """SIGTERM (a cluster's preemption) and Ctrl-C ask the run to end after the step at hand; a second one ends it at once."""
+
+    def __init__(self):
+        self.name = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _) -> None:
+        self.name = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)

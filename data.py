@@ -1,0 +1,360 @@
+"""Source-wise batches (§5.1): sources with sampling rates, batches from one source at a time, tokenised micro-batches.
+
+    manifest -> load_sources -> [Source] -> SourceBatches -> Batch(source, rows) -> micro_batches -> [MicroBatch]
+
+Paper: for every new batch one source is drawn at random by its sampling rate, and the batch is filled from that source
+alone; pairs inside a source are shuffled beforehand. Ours: all the rest, as the comments say. Nothing here knows about
+models, losses or process groups: `rank` and `world_size` are two integers.
+
+A corpus may be larger than memory. Each file is read once into an index on disk (per row: where it stands, and 8-byte
+hashes of its texts). Batches are decided on the hashes, and a text is read only when its row is due on this rank.
+"""
+
+import gzip
+import json
+import shutil
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import BertWordPieceTokenizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BertTokenizer
+
+from checkpoint import publish
+
+EVAL_TARGETS = 1000  # Ours: held-out targets per source at most, and at most one in twenty
+TOKENIZER_ROWS = 500_000  # Ours: more rows than this change a vocabulary of 30,000 very little
+ROW = np.dtype([("offset", "<u8"), ("item", "<u4"), ("negatives", "<u4"), ("first_negative", "<u8"),
+                ("query", "<u8"), ("positive", "<u8")])  # a change here, or in `records`, wants another .cache/v1
+
+QUERY = ("query", "anchor", "question", "sentence1")
+POSITIVE = ("positive", "pos", "positive_passages", "positive_ctxs", "sentence2")
+NEGATIVES = ("negatives", "negative", "neg", "negative_passages", "hard_negative_ctxs")
+
+
+class Row(NamedTuple):
+    query: str
+    positive: str
+    negatives: list[str]
+    id: int = -1  # its number in its source
+
+
+class Batch(NamedTuple):
+    source: str
+    rows: list[Row]  # this rank's slice of the global batch
+    dropped: int  # rows left over by the epoch that ended before this batch: they could not fill one
+
+
+class MicroBatch(NamedTuple):
+    index: Tensor  # (b,) which of the step's texts these are
+    input_ids: Tensor  # (b, T)
+    attention_mask: Tensor  # (b, T)
+
+
+def key(text: str) -> int:
+    """8-byte hash of a text, blind to case and white space. Among 100 million texts, two collide with p = 3e-4."""
+    return int.from_bytes(blake2b(" ".join(text.split()).casefold().encode(), digest_size=8).digest(), "little")
+
+
+# ---- lines: the layouts that public corpora come in ------------------------------------------------------------------
+
+
+def text_of(part: object, name: str) -> str:
+    if isinstance(part, dict) and isinstance(part.get("text"), str):  # a passage
+        part = f"{part.get('title') or ''} {part['text']}"
+    if not isinstance(part, str):
+        raise ValueError(f'field "{name}": found {json.dumps(part)[:40]}, expected text')
+    if not part.strip():
+        raise ValueError(f'field "{name}": the text is empty; fill it in or remove the line')
+    try:
+        return part.strip().encode().decode()
+    except UnicodeEncodeError:
+        raise ValueError(f'field "{name}": an escape gives half of a surrogate pair, which is no text; repair it') from None
+
+
+def records(value: object) -> list[Row]:
+    """The rows of one line's JSON value: [query, positive, negative ...]; {"set": [...]}, whose first text is the query of
+    every other; or an object with a field of QUERY, one of POSITIVE and perhaps one of NEGATIVES (sentence-transformers,
+    FlagEmbedding, Tevatron, DPR). Several positives are as many rows. Of labelled sentence pairs (SNLI, MultiNLI) only
+    "entailment" makes a row. Raises ValueError naming the field."""
+    if isinstance(value, list):
+        value = {"query": value[:1], "positive": value[1:2], "negatives": value[2:]}
+    elif isinstance(value, dict) and isinstance(value.get("set"), list):
+        value = {"query": value["set"][:1], "positive": value["set"][1:]}
+    elif not isinstance(value, dict):
+        raise ValueError(f"found {json.dumps(value)[:40]}, expected a list or an object")
+    if value.get("gold_label", "entailment") != "entailment":
+        return []
+    columns = []
+    for names in (QUERY, POSITIVE, NEGATIVES):
+        name = next((name for name in names if name in value), names[0])
+        parts = value.get(name, [])
+        columns.append([text_of(part, name) for part in (parts if isinstance(parts, list) else [parts])])
+        if names is not NEGATIVES and not columns[-1]:
+            raise ValueError(f'field "{name}" is missing or empty; a row needs a query and a target')
+    return [Row(columns[0][0], positive, columns[2]) for positive in columns[1]]
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, list[Row]]]:
+    """(byte offset, rows) of each line of a .jsonl or .jsonl.gz file. Raises ValueError naming file, line and field."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    offset, number = 0, 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield offset, records(json.loads(line.decode()))
+                offset += len(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, line {number}: byte {error.start} is not UTF-8; convert the file") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno}); one value a line") from None
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}, after line {number}: broken gzip file ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}") from None
+
+
+def read_rows(path: Path | str) -> Iterator[Row]:
+    """The rows of a .jsonl or .jsonl.gz file, in order."""
+    return (row for _, rows in read_lines(Path(path)) for row in rows)
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+class Source:
+    """A file of pairs with a name and a sampling rate. Set by `load_sources`: `train`, ids of the rows to train on;
+    `usable`, pairs that an epoch can give at most when no text stands twice; `held_out`, rows to evaluate on."""
+
+    def __init__(self, name: str, path: Path, rate: float, kind: str, eval: Path | None, cache: Path):
+        self.name, self.rate, self.kind, self.eval, self.cache = name, rate, kind, eval, cache
+        if not path.is_file():
+            raise FileNotFoundError(f"source {name}: {path}: no such file")
+        stat = path.stat()
+        content = key(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")  # a changed file is a new one
+        done = cache / f"{path.name.removesuffix('.gz').removesuffix('.jsonl')}-{content:016x}"
+        if not done.is_dir():
+            publish(done, lambda part: self._index(path, part))
+        self.path = done / "unpacked.jsonl" if path.suffix == ".gz" else path
+        self.index, self.negative_keys = (
+            np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
+            for file, dtype in ((done / "rows", ROW), (done / "negatives", np.dtype("<u8"))))
+        if not len(self.index):
+            raise ValueError(f"source {name}: {path} holds no pair")
+        self.file, self.fingerprint = open(self.path, "rb"), content
+
+    def _index(self, path: Path, directory: Path) -> None:
+        first, block = 0, []
+        with open(directory / "rows", "wb") as rows, open(directory / "negatives", "wb") as negatives:
+            for offset, line in read_lines(path):
+                for item, row in enumerate(line):
+                    block.append((offset, item, len(row.negatives), first, key(row.query), key(row.positive)))
+                    np.array([key(text) for text in row.negatives], "<u8").tofile(negatives)
+                    first += len(row.negatives)
+                if len(block) >= 1 << 16:
+                    np.array(block, ROW).tofile(rows)
+                    block = []
+            np.array(block, ROW).tofile(rows)
+        if path.suffix == ".gz":
+            print(f"source {self.name}: unpacking {path} once, into {self.cache}", flush=True)
+            with gzip.open(path, "rb") as packed, open(directory / "unpacked.jsonl", "wb") as file:
+                shutil.copyfileobj(packed, file, 1 << 20)
+
+    def read(self, row: int) -> Row:
+        offset, item = int(self.index["offset"][row]), int(self.index["item"][row])
+        self.file.seek(offset)
+        return records(json.loads(self.file.readline()))[item]._replace(id=int(row))
+
+    def line_number(self, row: int) -> int:
+        self.file.seek(0)
+        return self.file.read(int(self.index["offset"][row])).count(b"\n") + 1
+
+
+def load_sources(manifest: Path | str) -> list[Source]:
+    """Opens the sources that a manifest names, and holds out what they are evaluated on.
+
+    manifest: a JSON list of {"name", "path", "rate", "kind", "eval", "licence"} (rate 1 and kind "retrieval" unless said;
+    "similarity" is for §5.2's random negatives), or sentence-transformers' data_config.json ({"name", "lines", "weight"}).
+    Paths are relative to it. Indices and unpacked files go into `.cache` beside it.
+
+    Held out: min(1,000, 5 %) of a source's targets, by hash, or the targets of its `eval` file. What one source holds out
+    no source trains on. Raises OSError or ValueError, one line each.
+    """
+    manifest, sources = Path(manifest), []
+    if not manifest.is_file():
+        raise FileNotFoundError(f"{manifest}: no such manifest")
+    try:
+        entries = json.loads(manifest.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{manifest}: not JSON ({error})") from None
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{manifest}: expected a list of sources, each an object with a name and a path")
+    known = ("name", "path", "rate", "kind", "eval", "licence", "lines", "weight")
+    for number, entry in enumerate(entries, 1):
+        where, name, kind = f"{manifest}, source {number}", entry.get("name"), entry.get("kind", "retrieval")
+        path, rate = entry.get("path", name), entry.get("rate", entry.get("weight", 1))
+        if not isinstance(name, str) or not isinstance(path, str) or name in (source.name for source in sources):
+            raise ValueError(f'{where}: "name" and "path" are texts, each name once; found {name!r} and {path!r}')
+        if unknown := [field for field in entry if field not in known]:
+            raise ValueError(f'{where}: unknown field "{unknown[0]}"; known are {", ".join(known)}')
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+            raise ValueError(f'{where}: field "rate": found {rate!r}, expected a number above 0')
+        if kind not in ("retrieval", "similarity"):
+            raise ValueError(f'{where}: field "kind": found {kind!r}, expected "retrieval" or "similarity"')
+        eval_file = manifest.parent / entry["eval"] if entry.get("eval") else None
+        sources.append(Source(name, manifest.parent / path, rate, kind, eval_file, manifest.parent / ".cache" / "v1"))
+    for source in sources:
+        targets, first = np.unique(source.index["positive"], return_index=True)  # sorted hashes: a random order of targets
+        rows = read_rows(source.eval) if source.eval else map(source.read, first[: min(EVAL_TARGETS, len(targets) // 20)])
+        source.held_out = list({key(row.positive): row for row in rows}.values())
+    held_out = {key(row.positive) for source in sources for row in source.held_out}
+    for source in sources:
+        source.held_out = list({key(row.query): row for row in source.held_out}.values())[:EVAL_TARGETS]
+        source.held_out_keys = held_out
+        source.train = np.flatnonzero(~np.isin(source.index["positive"], np.array(list(held_out), "<u8")))
+        source.usable = min(len(np.unique(source.index[side][source.train])) for side in ("query", "positive"))
+    return sources
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+class SourceBatches:
+    """Endless iterator of source-wise batches, the same global batches for every number of ranks.
+
+    batch_size: rows of the global batch; rank r gets rows r * batch_size / world_size and on. negatives: how many negatives
+    a row gives: 0 in stage II, 15 in the paper's stage III, None for whatever it has.
+
+    Ours: no text stands twice in a global batch as a query, nor twice as a positive, and no positive among the negatives
+    of another row: in equations (4) and (5) it would be a false negative. A row that collides waits for its source's next
+    batch. Everything drawn is drawn anew from (seed, source, epoch), so that the state is a cursor and the ids of the rows
+    that wait, and resuming replays nothing.
+    """
+
+    def __init__(self, sources: list[Source], batch_size: int, seed: int, rank: int = 0, world_size: int = 1,
+                 negatives: int | None = None):
+        if batch_size % world_size:
+            raise ValueError(f"--batch-size {batch_size} is not a multiple of the {world_size} ranks; it is the global batch")
+        self.sources, self.batch_size, self.seed, self.negatives = sources, batch_size, seed, negatives
+        self.own = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.rates = np.array([source.rate for source in sources]) / sum(source.rate for source in sources)
+        self.step, self.states, self.orders = 0, {}, {}
+        for source in sources:
+            if source.usable < batch_size:
+                raise ValueError(f"source {source.name}: {source.usable} usable pairs (distinct queries and targets, hold-out "
+                                 f"aside), but --batch-size {batch_size}; lower it, or merge the source with another")
+            counts = source.index["negatives"][source.train]
+            if negatives and counts.min() < negatives:
+                line = source.line_number(source.train[counts.argmin()])
+                raise ValueError(f"{source.path}, line {line}: {counts.min()} negatives, but --negatives {negatives}; lower it, "
+                                 f"or mine more")
+            self.states[source.name] = {"epoch": 0, "cursor": 0, "waiting": []}
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        source = self.sources[np.random.default_rng([self.seed, self.step]).choice(len(self.sources), p=self.rates)]
+        self.step += 1
+        state, dropped = self.states[source.name], 0
+        picked = self._fill(source, state)
+        if len(picked) < self.batch_size:
+            dropped = len(picked) + len(state["waiting"])
+            state.update(epoch=state["epoch"] + 1, cursor=0, waiting=[])
+            picked = self._fill(source, state)
+            if len(picked) < self.batch_size:
+                raise ValueError(f"source {source.name}: a whole epoch gives {len(picked)} rows without a text twice, but "
+                                 f"--batch-size {self.batch_size}; lower it")
+        rows = [(source.read(row), places) for row, places in picked[self.own]]
+        return Batch(source.name, [row._replace(negatives=[row.negatives[j] for j in places]) for row, places in rows], dropped)
+
+    def _fill(self, source: Source, state: dict) -> list[tuple[int, list[int]]]:
+        """Takes (row, places of its negatives) for a batch: those that wait first, then on from the cursor."""
+        if self.orders.get(source.name, (None,))[0] != state["epoch"]:
+            rng = np.random.default_rng([self.seed, key(source.name), state["epoch"]])
+            self.orders[source.name] = state["epoch"], rng.permutation(source.train)
+        order = self.orders[source.name][1]
+        picked, waiting, queries, positives, negatives = [], [], set(), set(), set()
+        block = np.array(state["waiting"], int)
+        while True:
+            for row, query, positive in zip(block.tolist(), *(source.index[side][block].tolist() for side in ("query", "positive"))):
+                places, own = self._negatives(source, row, positive, state["epoch"])
+                if (len(picked) == self.batch_size or query in queries or positive in positives or positive in negatives
+                        or not own.isdisjoint(positives) or len(places) < (self.negatives or 0)):
+                    waiting.append(row)
+                    continue
+                picked.append((row, places))
+                queries.add(query)
+                positives.add(positive)
+                negatives |= own
+            block = order[state["cursor"] : state["cursor"] + self.batch_size - len(picked)]
+            if not len(block):
+                state["waiting"] = waiting
+                return picked
+            state["cursor"] += len(block)
+
+    def _negatives(self, source: Source, row: int, positive: int, epoch: int) -> tuple[list[int], set[int]]:
+        """Which of its negatives a row gives in this epoch, and their keys."""
+        if self.negatives == 0:
+            return [], set()
+        first, count = int(source.index["first_negative"][row]), int(source.index["negatives"][row])
+        keys = source.negative_keys[first : first + count].tolist()
+        places = [j for j, k in enumerate(keys) if k != positive and k not in source.held_out_keys]
+        if self.negatives is not None and len(places) > self.negatives:
+            rng = np.random.default_rng([self.seed, key(source.name), epoch, row])
+            places = sorted(rng.choice(places, self.negatives, replace=False).tolist())
+        return places, {keys[j] for j in places}
+
+    def state_dict(self) -> dict:
+        """JSON-able: the step and, per source, epoch, cursor, the rows that wait, and how many there are in all."""
+        return {"seed": self.seed, "batch_size": self.batch_size, "step": self.step,
+                "rows": {source.name: len(source.train) for source in self.sources}, "sources": {name: dict(state) for name, state in self.states.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state` was taken. Raises ValueError when seed, batch size or sources are others."""
+        for what, now in self.state_dict().items():
+            if what in ("seed", "batch_size", "rows") and state[what] != now:
+                raise ValueError(f"the checkpoint was made with another {what}: {state[what]}, now {now}")
+        self.step, self.states = state["step"], {name: dict(saved) for name, saved in state["sources"].items()}
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: int) -> list[MicroBatch]:
+    """Cuts a step's texts into micro-batches of at most `micro_tokens` tokens, padding included. Ours: sorted by length, the
+    longest first, so that little is padded and memory peaks at once. A text alone may exceed the bound."""
+    ids = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    batches = []
+    while order:
+        size = max(1, micro_tokens // len(ids[order[0]]))
+        chunk, order = order[:size], order[size:]
+        rows = [torch.tensor(ids[i]) for i in chunk]
+        batches.append(MicroBatch(
+            torch.tensor(chunk), pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
+            pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)))
+    return batches
+
+
+def train_tokenizer(sources: list[Source], vocab_size: int) -> BertTokenizer:
+    """A lower-case WordPiece tokenizer for these sources, trained on rows that are trained on, once, and kept beside them
+    (its trainer gives a slightly different vocabulary every time)."""
+    names = " ".join(f"{source.name} {source.fingerprint}" for source in sources)
+    directory = sources[0].cache / f"tokenizer-{vocab_size}-{key(names):016x}"
+    if not directory.is_dir():
+        print(f"training a WordPiece tokenizer of {vocab_size} entries on the sources, once, into {directory}", flush=True)
+        step = -(-sum(len(source.train) for source in sources) // TOKENIZER_ROWS)
+        texts = (text for source in sources for i in source.train[::step] for text in source.read(i)[:2])
+        wordpiece = BertWordPieceTokenizer(lowercase=True)
+        wordpiece.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
+        tokenizer = BertTokenizer(vocab=wordpiece.get_vocab(), model_max_length=8192)
+        publish(directory, tokenizer.save_pretrained)
+    return BertTokenizer.from_pretrained(directory)

@@ -1,0 +1,248 @@
+"""Metrics: how good an encoder's embeddings are on texts that it was not trained on.
+
+    --pairs     a query and its target, among all targets    recall@1, recall@10, MRR, nDCG@10
+    --scored    two sentences and a human score              Spearman's correlation of cosine and score
+    --labelled  a text and its class                         V-measure of k-means clusters
+
+Paper: §6 reports MTEB, whose main figures for retrieval, similarity and clustering are nDCG@10, Spearman and V-measure.
+Ours: the same figures on your own files. train.py calls `in_batch_accuracy` and `retrieval` during a run.
+
+Axis letters: M queries or texts, K targets or clusters, D width. Nothing here knows about losses, optimizers, sources
+or distributed ranks: a rank in this file is a place in a list of search results.
+"""
+
+import argparse
+import json
+import math
+import sys
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import model
+
+TIE = 1e-6  # cosines closer than this are equal: fp32 rounding moves them by some 1e-7
+SCORES_AT_ONCE = 2**24  # 64 MB of fp32 cosines, however many queries and targets there are
+
+
+def ranks(queries: Tensor, targets: Tensor, own: Tensor | None = None) -> Tensor:
+    """1-based rank of each query's own target among all targets by cosine, ties counted against us.
+
+    queries (M, D), targets (K, D), own (M,) the row of `targets` that answers query i, by default row i -> (M,) int64
+
+        rank(i) = K - (number of j with cos(q_i, t_j) < cos(q_i, own target of i) - TIE)
+
+    This is the pessimistic rank: an encoder that has collapsed to one vector ties everything, and with ties in our
+    favour it would score 1.0. NaN is never lower, so it ends last too.
+    """
+    queries, targets = (F.normalize(x.detach().float(), dim=-1) for x in (queries, targets))
+    own = torch.arange(len(queries), device=queries.device) if own is None else own
+    rows, found = max(1, SCORES_AT_ONCE // len(targets)), []
+    for q, answer in zip(queries.split(rows), own.split(rows)):
+        cosine = q @ targets.T  # (rows, K)
+        found.append(len(targets) - (cosine < cosine.gather(1, answer[:, None]) - TIE).sum(1))
+    return torch.cat(found)
+
+
+def recall_at(ranks: Tensor, k: int) -> float:
+    """Share of queries whose target is among the first k. ranks (M,)."""
+    return (ranks <= k).double().mean().item()
+
+
+def mean_reciprocal_rank(ranks: Tensor) -> float:
+    """Mean of 1 / rank. ranks (M,)."""
+    return ranks.double().reciprocal().mean().item()
+
+
+def ndcg_at_10(ranks: Tensor) -> float:
+    """Mean of 1 / log2(1 + rank), 0 beyond rank 10. ranks (M,). One relevant target: the ideal DCG is 1 / log2(2) = 1."""
+    return torch.where(ranks <= 10, 1 / torch.log2(1 + ranks.double()), 0.0).mean().item()
+
+
+def in_batch_accuracy(q: Tensor, p: Tensor) -> float:
+    """Share of queries whose own positive is the most similar of the batch. q, p (M, D)."""
+    return recall_at(ranks(q, p), 1)
+
+
+def average_ranks(x) -> np.ndarray:
+    """1-based ascending ranks, equal values sharing the mean of theirs: 5 7 7 9 -> 1 2.5 2.5 4. x (M,) -> (M,)."""
+    _, place, count = np.unique(np.asarray(x), return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count - 1) / 2)[place]
+
+
+def spearman(a, b) -> float:
+    """Spearman's correlation of a and b, both (M,): Pearson's r of their average ranks. The formula has no value where a
+    or b is constant; we say 0, for no order was found."""
+    a, b = (rank - rank.mean() for rank in map(average_ranks, (a, b)))
+    norm = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm else 0.0
+
+
+def v_measure(labels, clusters) -> float:
+    """Harmonic mean of homogeneity h and completeness c (Rosenberg & Hirschberg 2007). labels C, clusters K, both (M,).
+
+        h = 1 - H(C|K) / H(C), or 1 if H(C) = 0      H(C|K) = H(C,K) - H(K)      H(X) = -sum_x share(x) ln share(x)
+        c = 1 - H(K|C) / H(K), or 1 if H(K) = 0      H(K|C) = H(C,K) - H(C)      V = 2 h c / (h + c), 0 if h = c = 0
+    """
+    def entropy(x):
+        share = np.unique(x, return_counts=True)[1] / len(x)
+        return -(share * np.log(share)).sum()
+
+    C, K = (np.unique(np.asarray(x), return_inverse=True)[1] for x in (labels, clusters))
+    H_C, H_K, H_CK = map(entropy, (C, K, C * (K.max() + 1) + K))
+    h = max(0.0, 1 - (H_CK - H_K) / H_C) if H_C > 0 else 1.0  # max: rounding can leave -1e-16
+    c = max(0.0, 1 - (H_CK - H_C) / H_K) if H_K > 0 else 1.0
+    return float(2 * h * c / (h + c)) if h + c > 0 else 0.0
+
+
+def k_means(x: Tensor, k: int, seed: int, restarts: int = 3) -> Tensor:
+    """Clusters of the points x (M, D) -> (M,) in 0 .. k-1, the same for the same seed: k-means++ (Arthur & Vassilvitskii
+    2007), Lloyd's iteration until no point moves, and of a few restarts the one with the least squared distance.
+
+    A cluster that loses its last point starts again at the point farthest from its centre. More clusters than distinct
+    points leave some empty.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x, k, lowest = x.detach().float().cpu(), min(k, len(x)), math.inf
+    for _ in range(restarts):
+        centres, nearest = x[torch.randint(len(x), (1,), generator=generator)], torch.full((len(x),), math.inf)
+        for _ in range(k - 1):  # the next centre: a point drawn by its squared distance to the nearest centre so far
+            nearest = torch.minimum(nearest, torch.cdist(x, centres[-1:])[:, 0].square())
+            draw = torch.multinomial(nearest + 1e-30, 1, generator=generator)  # 1e-30: all distances may be 0
+            centres = torch.cat([centres, x[draw]])
+        clusters = torch.full((len(x),), -1)
+        for _ in range(300):  # a few dozen are usual; the bound is for rounding that goes in circles
+            distance, closest = torch.cdist(x, centres).min(1)
+            if torch.equal(closest, clusters):
+                break
+            clusters, size = closest, torch.bincount(closest, minlength=k)
+            centres = torch.zeros_like(centres).index_add_(0, clusters, x) / size.clamp(min=1)[:, None]
+            centres[size == 0] = x[distance.topk(int((size == 0).sum())).indices]
+        inertia = distance.square().sum().item()
+        if inertia < lowest:
+            lowest, best = inertia, clusters
+    return best
+
+
+@torch.no_grad()
+def embed(encoder, tokenizer, texts: list[str], max_length: int, micro_tokens: int) -> Tensor:
+    """The texts' embeddings, without dropout: (M, D) float32 on CPU. Raises ValueError where one is not finite."""
+    device, training = next(encoder.parameters()).device, encoder.training
+    index, vectors = [], []
+    encoder.eval()
+    try:
+        for batch in data.micro_batches(tokenizer, texts, max_length, micro_tokens):
+            index.append(batch.index)
+            vectors.append(encoder(batch.input_ids.to(device), batch.attention_mask.to(device)).float().cpu())
+    finally:
+        encoder.train(training)
+    vectors = torch.cat(vectors)[torch.cat(index).argsort()]
+    if not vectors.isfinite().all():
+        raise ValueError("the encoder gives embeddings that are not finite: its weights are broken, take an earlier save")
+    return vectors
+
+
+def retrieval(encoder, tokenizer, pairs, max_length: int, micro_tokens: int) -> dict:
+    """Search for the positive of every query among the positives of all. pairs: rows with .query and .positive.
+
+    Targets equal but for case and white space (`data.key`) are one candidate, or a copy of the right answer would stand
+    there as a wrong one. A query with several targets counts once for each, and the others count as wrong.
+    """
+    keys = [data.key(pair.positive) for pair in pairs]
+    targets = {key: pair.positive for key, pair in zip(keys, pairs)}
+    place = {key: i for i, key in enumerate(targets)}
+    q = embed(encoder, tokenizer, [pair.query for pair in pairs], max_length, micro_tokens)
+    p = embed(encoder, tokenizer, list(targets.values()), max_length, micro_tokens)
+    found = ranks(q, p, torch.tensor([place[key] for key in keys]))
+    return {"recall@1": recall_at(found, 1), "recall@10": recall_at(found, 10), "mrr": mean_reciprocal_rank(found),
+            "ndcg@10": ndcg_at_10(found), "targets": len(targets)}
+
+
+def similarity(encoder, tokenizer, scored, max_length: int, micro_tokens: int) -> dict:
+    """Spearman's correlation of cosine and score. scored: (sentence1, sentence2, score) tuples."""
+    first, second, score = map(list, zip(*scored))
+    a, b = (embed(encoder, tokenizer, texts, max_length, micro_tokens) for texts in (first, second))
+    cosine = F.cosine_similarity(a, b).numpy().round(6)  # as TIE: rounding must not make an order
+    return {"spearman": spearman(cosine, score), "sentence_pairs": len(score)}
+
+
+def clustering(encoder, tokenizer, labelled, max_length: int, micro_tokens: int, seed: int) -> dict:
+    """V-measure of k-means with as many clusters as labels, on unit vectors. labelled: (text, label) tuples."""
+    texts, labels = map(list, zip(*labelled))
+    k = len(set(labels))
+    x = F.normalize(embed(encoder, tokenizer, texts, max_length, micro_tokens), dim=-1)
+    return {"v_measure": v_measure(labels, k_means(x, k, seed)), "texts": len(texts), "labels": k}
+
+
+KINDS = {"text": (str,), "a finite number": (int, float), "text or a whole number": (str, int)}
+
+
+def read_fields(path: str, **fields: str) -> list[tuple]:
+    """Lines {"field": value, ...} or [value, ...] of a .jsonl file, as tuples in the order of `fields`, each one of KINDS.
+    Raises ValueError naming file, line and field."""
+    def check(value, name):
+        value = data.text_of(value, name) if isinstance(value, str) else value
+        if type(value) not in KINDS[fields[name]] or isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f'field "{name}": found {json.dumps(value)[:40]}, expected {fields[name]}')
+        return str(value) if str in KINDS[fields[name]] else value
+
+    found = []
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.decode())
+                value = dict(zip(fields, value)) if isinstance(value, list) else value
+                if not isinstance(value, dict):
+                    raise ValueError(f"found {json.dumps(value)[:40]}, expected a list or an object")
+                found.append(tuple(check(value.get(name), name) for name in fields))
+            except ValueError as error:
+                reason = error if type(error) is ValueError else f"not JSON in UTF-8 ({error}); write one value a line"
+                raise ValueError(f"{path}, line {number}: {reason}") from None
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Metrics of an encoder, as one JSON line.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="directory or hub name")
+    file, path = parser.add_mutually_exclusive_group(required=True), dict(metavar="FILE", default=argparse.SUPPRESS)
+    file.add_argument("--pairs", **path, help="retrieval: any layout of pairs that train.py reads")
+    file.add_argument("--scored", **path, help='similarity: lines {"sentence1", "sentence2", "score"} or lists of them')
+    file.add_argument("--labelled", **path, help='clustering: lines {"text", "label"} or lists of them')
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text; ours: the paper's pre-training "
+                        "length, and the most that an ordinary BERT takes. A JinaBERT takes any")
+    parser.add_argument("--micro-tokens", type=int, default=16384, help="tokens of a forward pass; ours, for memory only")
+    parser.add_argument("--seed", type=int, default=0, help="of k-means; ours")
+    args = parser.parse_args(argv)
+    if min(args.max_length, args.micro_tokens) < 1:
+        parser.error("--max-length and --micro-tokens: at least 1")
+    try:
+        if "pairs" in args:
+            path, measure, rows = args.pairs, retrieval, list(data.read_rows(args.pairs))
+        elif "scored" in args:
+            path, measure = args.scored, similarity
+            rows = read_fields(path, sentence1="text", sentence2="text", score="a finite number")
+        else:
+            path, measure = args.labelled, partial(clustering, seed=args.seed)
+            rows = read_fields(path, text="text", label="text or a whole number")
+        if not rows:
+            raise ValueError(f"{path}: found no row; write one JSON value a line")
+        if measure is not retrieval and len({value for *_, value in rows}) < 2:
+            raise ValueError(f"{path}: found {rows[0][-1]!r} on every line; give two different scores or labels at least")
+        encoder, tokenizer = model.load(args.model)
+        encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+        found = measure(encoder, tokenizer, rows, args.max_length, args.micro_tokens)
+    except (OSError, ValueError) as error:
+        print("evaluate.py:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps({"model": args.model, "file": path, **found}))
+
+
+if __name__ == "__main__":
+    main()

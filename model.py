@@ -1,0 +1,263 @@
+"""The pooled encoder of Jina Embeddings 2 (arXiv 2310.19923): JinaBERT (§2, Table 1) with mean pooling on top (§5).
+
+    texts -> tokenizer -> JinaBertModel -> hidden (B, T, D) -> mean_pool -> one vector per text (B, D)
+
+Axis letters: B texts, T tokens, D width, H heads. Nothing here knows about losses, data, devices or ranks. The file is
+self-contained: `save` puts a copy of it beside the weights, so that other tools can open them with
+`trust_remote_code=True`. Parameter names and config fields are those of the published checkpoints.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+
+class JinaBertConfig(BertConfig):
+    """BertConfig with the fields in which JinaBERT differs; the other defaults are those of `base`."""
+
+    model_type = "bert"  # what the published config.json files say; `position_embedding_type` tells the two apart
+    vocab_size: int = 30528
+    max_position_embeddings: int = 8192  # not a size of any parameter: ALiBi has none
+    position_embedding_type: str = "alibi"
+    feed_forward_type: str = "geglu"  # or "reglu" (large)
+    emb_pooler: str = "mean"
+    attention_probs_dropout_prob: float | int = 0.0  # BertConfig's 0.1 would come in silently
+
+
+# Paper: Table 1, heads of dimension 64. Ours: tiny, which learns something in minutes on two CPU cores.
+SIZES = {
+    "tiny": dict(num_hidden_layers=2, hidden_size=256, num_attention_heads=4, intermediate_size=1024),
+    "small": dict(num_hidden_layers=4, hidden_size=512, num_attention_heads=8, intermediate_size=2048),
+    "base": dict(num_hidden_layers=12, hidden_size=768, num_attention_heads=12, intermediate_size=3072),
+    "large": dict(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096,
+                  feed_forward_type="reglu"),
+}
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """Slopes 2^(-8 (h+1) / H), h = 0 .. H-1 (Press et al. 2022). When H is no power of two: those of the next lower
+    power P, then every second one of 2P, until there are H."""
+    lower = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (h + 1) / lower) for h in range(lower)]
+    return slopes + [2 ** (-8 * (h + 1) / (2 * lower)) for h in range(0, 2 * (heads - lower), 2)]
+
+
+def alibi_bias(slopes: list[float], mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The term added to the attention logits: -slope_h * |i - j|, symmetric since the encoder looks both ways (§2),
+    and the most negative number for padded keys j.
+
+    mask (B, T) of 0 and 1 -> (B, H, T, T), or (1, H, T, T) where nothing is padded. Made anew in every forward pass,
+    from the slopes alone: at 8,192 tokens and 12 heads a stored bias would hold 3 GB for good.
+    """
+    position = torch.arange(mask.shape[1], device=mask.device)
+    distance = (position[:, None] - position[None, :]).abs()
+    bias = (distance * -torch.tensor(slopes, device=mask.device)[:, None, None]).to(dtype)[None]
+    if mask.all():
+        return bias
+    return bias.masked_fill(mask[:, None, None, :] == 0, torch.finfo(dtype).min)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(64) + bias) v for q, k, v (B, H, T, 64) and bias (B or 1, H, T, T)."""
+    B, H, T, width = q.shape
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 1024:
+        # Ours: the fused kernel's bf16 backward on CPU takes about four times as long as these three lines. Longer
+        # texts go to the kernel all the same, since it never holds the H x T x T weights.
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        logits = torch.baddbmm(bias.expand(B, -1, -1, -1).flatten(0, 1), q, k.transpose(1, 2), alpha=width**-0.5)
+        return (logits.softmax(-1).to(v.dtype) @ v).view(B, H, T, width)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+class JinaBertEmbeddings(nn.Module):
+    """Word and token-type embeddings; no position embeddings (§2)."""
+
+    def __init__(self, config: JinaBertConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + self.token_type_embeddings(types)))
+
+
+class JinaBertSelfAttention(nn.Module):
+    def __init__(self, config: JinaBertConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        B, T, D = hidden.shape
+        q, k, v = (project(hidden).view(B, T, self.heads, -1).transpose(1, 2)
+                   for project in (self.query, self.key, self.value))
+        return attend(q, k, v, bias.to(q.dtype)).transpose(1, 2).reshape(B, T, D)
+
+
+class JinaBertSelfOutput(nn.Module):
+    def __init__(self, config: JinaBertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, context: Tensor, hidden: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(context)) + hidden)
+
+
+class JinaBertGatedMLP(nn.Module):
+    """Gated feed-forward (Shazeer 2020): wo(act(a) * b), both halves from one product without bias."""
+
+    def __init__(self, config: JinaBertConfig):
+        super().__init__()
+        self.act = {"geglu": F.gelu, "reglu": F.relu}[config.feed_forward_type]
+        self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        a, b = self.gated_layers(hidden).chunk(2, dim=-1)
+        return self.layernorm(self.wo(self.dropout(self.act(a) * b)) + hidden)
+
+
+class JinaBertLayer(nn.Module):
+    """Post-LayerNorm BERT layer. The two containers only spell the published names `attention.self`, `.output`."""
+
+    def __init__(self, config: JinaBertConfig):
+        super().__init__()
+        self.attention = nn.ModuleDict({"self": JinaBertSelfAttention(config), "output": JinaBertSelfOutput(config)})
+        self.mlp = JinaBertGatedMLP(config)
+
+    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        context = self.attention["self"](hidden, bias)
+        return self.mlp(self.attention["output"](context, hidden))
+
+
+class JinaBertModel(PreTrainedModel):
+    """The backbone: (input_ids, attention_mask), both (B, T), -> last_hidden_state (B, T, D)."""
+
+    config_class = JinaBertConfig
+    base_model_prefix = "bert"  # published masked-language-model weights begin with "bert."
+    _keys_to_ignore_on_load_unexpected = [r"^pooler\.", r"^cls\.", r"^bert\.pooler\."]
+    _supports_sdpa = True
+
+    def __init__(self, config: JinaBertConfig):
+        super().__init__(config)
+        self.slopes = alibi_slopes(config.num_attention_heads)
+        self.embeddings = JinaBertEmbeddings(config)
+        layers = nn.ModuleList(JinaBertLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
+        self.post_init()  # transformers: weights from N(0, initializer_range), biases 0, LayerNorm 1 and 0
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
+                **_) -> BaseModelOutput:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        hidden = self.embeddings(input_ids, token_type_ids)
+        bias = alibi_bias(self.slopes, mask, hidden.dtype)
+        for layer in self.encoder["layer"]:
+            hidden = layer(hidden, bias)
+        return BaseModelOutput(last_hidden_state=hidden)
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """§5: the average of the token embeddings, padding left out. hidden (B, T, D), mask (B, T) -> (B, D), fp32."""
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    weight = mask.to(hidden.dtype)[:, :, None]
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+class PooledEncoder(nn.Module):
+    """§5: a backbone and mean pooling, with no further trainable parameters. (input_ids, attention_mask) -> (B, D)."""
+
+    def __init__(self, backbone: PreTrainedModel):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return mean_pool(hidden, attention_mask)
+
+
+def create(size: str) -> PooledEncoder:
+    """A JinaBERT of one of SIZES with random weights."""
+    return PooledEncoder(JinaBertModel(JinaBertConfig(**SIZES[size])))
+
+
+def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrainedTokenizerBase]:
+    """Opens a directory or a hub name: JinaBERT without remote code, or any encoder that AutoModel opens; fp32 weights.
+
+    Raises OSError where there is no model, ValueError where weights are missing or unknown: transformers would go on
+    with random ones and a report.
+    """
+    name = str(name_or_path)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # its load report: the checks below say the same, and stop
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(f"model {name}: neither a directory with a config.json and a tokenizer, nor a name that the hub "
+                      f"gave us ({reason})") from error
+    if not config:
+        raise OSError(f"model {name}: no config.json there")
+    options = dict(dtype=torch.float32, output_loading_info=True)  # the published files are in half precision
+    try:
+        if config.get("position_embedding_type") == "alibi":
+            backbone, report = JinaBertModel.from_pretrained(name, config=JinaBertConfig.from_dict(config), **options)
+        else:
+            backbone, report = AutoModel.from_pretrained(name, **options)
+    except Exception as error:  # a truncated safetensors file, no weights at all, an architecture nobody knows ...
+        raise OSError(f"model {name}: its weights do not open ({str(error).strip().splitlines()[0]})") from error
+    wrong = {key for kind in ("missing_keys", "mismatched_keys") for key in report[kind] if "pooler." not in str(key)}
+    if isinstance(backbone, JinaBertModel):
+        wrong |= set(report["unexpected_keys"])
+    if wrong:
+        raise ValueError(f"model {name}: {len(wrong)} weights are missing, of another shape, or unknown here, among "
+                         f"them {min(map(str, wrong))}")
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler.requires_grad_(False)  # BERT's own pooler plays no part in mean pooling, and stays as it came
+    return PooledEncoder(backbone), tokenizer
+
+
+def save(encoder: PooledEncoder, tokenizer: transformers.PreTrainedTokenizerBase, directory: str | Path) -> None:
+    """Writes what `load`, AutoTokenizer and sentence-transformers open: safetensors, tokenizer, config.json, modules.json
+    and 1_Pooling/config.json.
+
+    A JinaBERT also gets a copy of this file and an `auto_map`. Outside `load` such a directory needs
+    trust_remote_code=True: without it transformers builds a plain BERT with *random* weights and only reports it.
+    """
+    directory, backbone = Path(directory), encoder.backbone
+    transformers.utils.logging.disable_progress_bar()
+    backbone.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    if isinstance(backbone, JinaBertModel):
+        # Text Embeddings Inference picks the architecture by `_name_or_path`; transformers 5 drops that field, writes
+        # its own class name, and leaves out every field that is at its default.
+        config = backbone.config.to_dict() | {
+            "architectures": ["JinaBertForMaskedLM"],
+            "_name_or_path": "jinaai/jina-bert-implementation",
+            "auto_map": {"AutoConfig": "model.JinaBertConfig", "AutoModel": "model.JinaBertModel"},
+        }
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.copyfile(__file__, directory / "model.py")
+    pooling = {"word_embedding_dimension": backbone.config.hidden_size, "pooling_mode_mean_tokens": True}
+    (directory / "1_Pooling").mkdir(exist_ok=True)
+    (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2) + "\n")
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+               {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (directory / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")

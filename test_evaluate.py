@@ -1,0 +1,328 @@
+"""Metrics against values worked out by hand, and the command on good and bad files."""
+
+import json
+import math
+import os
+from collections import namedtuple
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+import evaluate
+import model
+
+Pair = namedtuple("Pair", "query positive")
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "north", "east", "south", "west"]
+SIZES = dict(max_length=16, micro_tokens=8)
+
+
+def unit(*degrees):
+    """2-D unit vectors: the cosine of two of them is the cosine of the angle between."""
+    angle = torch.tensor(degrees, dtype=torch.float32).deg2rad()
+    return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+@pytest.fixture
+def tokenizer():
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+                                   sep_token="[SEP]")
+
+
+class Compass(nn.Module):
+    """A text's vector is the sum of its words' directions: north is (0, 1), east (1, 0), ...; the rest are (0, 0)."""
+
+    def __init__(self):
+        super().__init__()
+        directions = torch.tensor([[0, 0]] * 4 + [[0, 1], [1, 0], [0, -1], [-1, 0]]).float()
+        self.table, self.dropout = nn.Embedding.from_pretrained(directions), nn.Dropout(0.9)
+
+    def forward(self, input_ids, attention_mask):
+        return self.dropout((self.table(input_ids) * attention_mask[:, :, None]).sum(1))
+
+
+# ranks, and what is made of them
+
+
+def test_the_rank_counts_the_targets_that_are_at_least_as_close():
+    """Targets at 0, 90, 180 degrees. The query at 10 is nearest to its own, the one at 30 has 0 before its own 90, and
+    the one at 60 has 90 and 0 before its own 180."""
+    assert evaluate.ranks(unit(10, 30, 60), unit(0, 90, 180)).tolist() == [1, 2, 3]
+
+
+def test_lengths_do_not_matter_to_the_rank():
+    """The cosine forgets lengths: the scaled vectors give the ranks of the test above."""
+    length = torch.tensor([[100.0], [0.01], [1.0]])
+    assert evaluate.ranks(unit(10, 30, 60) * length, unit(0, 90, 180) / length).tolist() == [1, 2, 3]
+
+
+def test_ties_count_against_us():
+    """A query at 45 degrees is as close to 0 as to 90: its own is second, whichever of the two it is."""
+    assert evaluate.ranks(unit(45, 45), unit(0, 90)).tolist() == [2, 2]
+
+
+def test_a_collapsed_encoder_is_last_everywhere():
+    """Seven equal vectors tie: every rank is 7 and no query is a hit. So it is where each is moved by fp32 rounding."""
+    rounding = 1 + 1e-7 * torch.randn(7, 300, generator=torch.Generator().manual_seed(0))
+    assert evaluate.ranks(torch.ones(7, 300), rounding).tolist() == [7] * 7
+    assert evaluate.in_batch_accuracy(torch.ones(7, 300), rounding) == 0.0
+
+
+def test_an_embedding_that_is_not_a_number_is_last():
+    """No comparison with NaN is true, so no target is lower: rank 3 of 3."""
+    assert evaluate.ranks(torch.full((3, 2), math.nan), unit(0, 90, 180)).tolist() == [3, 3, 3]
+
+
+def test_chunks_do_not_change_the_ranks(monkeypatch):
+    """One query at a time gives what all at once give."""
+    monkeypatch.setattr(evaluate, "SCORES_AT_ONCE", 1)
+    assert evaluate.ranks(unit(10, 30, 60), unit(0, 90, 180)).tolist() == [1, 2, 3]
+
+
+def test_two_queries_may_share_a_target():
+    """Both queries answer to the target at 0: first for the one at 10 degrees, second for the one at 80."""
+    assert evaluate.ranks(unit(10, 80), unit(0, 90), own=torch.tensor([0, 0])).tolist() == [1, 2]
+
+
+def test_recall_and_reciprocal_rank():
+    """Ranks 1, 2, 4, 20: one of four is first, three are in the first ten; (1 + 1/2 + 1/4 + 1/20) / 4 = 1.8 / 4."""
+    found = torch.tensor([1, 2, 4, 20])
+    assert evaluate.recall_at(found, 1) == 0.25
+    assert evaluate.recall_at(found, 10) == 0.75
+    assert evaluate.mean_reciprocal_rank(found) == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize("rank, value", [(1, 1.0), (3, 0.5), (7, 1 / 3), (10, 0.28906), (11, 0.0)])
+def test_ndcg_of_one_relevant_target(rank, value):
+    """1 / log2(1 + rank): 1 / 1, 1 / log2(4) = 1/2, 1 / log2(8) = 1/3, 1 / log2(11) = 1 / 3.45943, and 0 beyond 10."""
+    assert evaluate.ndcg_at_10(torch.tensor([rank])) == pytest.approx(value, abs=1e-5)
+
+
+def test_in_batch_accuracy_is_the_share_of_first_ranks():
+    """Ranks 1, 2, 3 as above: one of three. It takes a graph and half precision, as a training step has them."""
+    q = unit(10, 30, 60).bfloat16().requires_grad_()
+    assert evaluate.in_batch_accuracy(q, unit(0, 90, 180)) == pytest.approx(1 / 3)
+
+
+# Spearman
+
+
+def test_spearman_sees_order_alone():
+    """Any rising function of the scores has the same ranks: 1. Falling: -1."""
+    assert evaluate.spearman([1, 2, 3, 4], [1, 10, 100, 1000]) == pytest.approx(1.0)
+    assert evaluate.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+
+
+def test_spearman_gives_ties_their_average_rank():
+    """Ranks of 1 2 2 3 are 1 2.5 2.5 4, centred -1.5 0 0 1.5; of 1 2 3 4, centred -1.5 -.5 .5 1.5. The products sum to
+    4.5, the squares to 4.5 and 5: 4.5 / sqrt(22.5) = 0.948683."""
+    assert evaluate.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.948683, abs=1e-6)
+
+
+def test_spearman_of_a_constant_is_zero():
+    """All ranks are 2, so all centred ranks are 0: no order."""
+    assert evaluate.spearman([0.5, 0.5, 0.5], [1, 2, 3]) == 0.0
+
+
+# V-measure
+
+
+def test_v_measure_of_a_perfect_clustering_is_one_whatever_the_names():
+    """Every cluster holds one label, every label lies in one cluster: H(C|K) = H(K|C) = 0."""
+    assert evaluate.v_measure(["a", "a", "b", "c"], [2, 2, 0, 1]) == pytest.approx(1.0)
+
+
+def test_v_measure_of_one_cluster_is_zero():
+    """One cluster says nothing of the label: H(C|K) = H(C), h = 0. H(K) = 0, so c = 1 by definition; V = 0."""
+    assert evaluate.v_measure(["a", "a", "b", "b"], [0, 0, 0, 0]) == 0.0
+
+
+def test_v_measure_where_labels_and_clusters_are_independent_is_zero():
+    """Both clusters hold one a and one b: H(C|K) = H(C) and H(K|C) = H(K), so h = c = 0, and V is 0 and not 0 / 0."""
+    assert evaluate.v_measure(["a", "a", "b", "b"], [0, 1, 0, 1]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_v_measure_of_one_label_and_one_cluster_is_one():
+    """H(C) = H(K) = 0: both are 1 by definition."""
+    assert evaluate.v_measure(["a", "a"], [0, 0]) == 1.0
+
+
+def test_v_measure_of_one_label_in_two_clusters_is_zero():
+    """H(C) = 0, so h = 1. H(K|C) = H(K), so c = 0; V = 0."""
+    assert evaluate.v_measure(["a", "a"], [0, 1]) == 0.0
+
+
+def test_v_measure_of_a_label_cut_in_two():
+    """Labels a a b b in clusters 0 0 1 2. Every cluster holds one label: h = 1. In units of ln 2: H(C) = 1, H(K) = H(C,K)
+    = 1/2 * 1 + 2 * 1/4 * 2 = 1.5, H(K|C) = 1.5 - 1 = 0.5, c = 1 - 0.5 / 1.5 = 2/3; V = 2 * 2/3 / (5/3) = 0.8."""
+    assert evaluate.v_measure(["a", "a", "b", "b"], [0, 0, 1, 2]) == pytest.approx(0.8)
+
+
+# k-means
+
+
+def blobs():
+    """50 points each around (0, 0), (10, 0), (0, 10), with a deviation of 0.5."""
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]]).repeat_interleave(50, 0)
+    return centres + 0.5 * torch.randn(150, 2, generator=torch.Generator().manual_seed(0))
+
+
+def test_k_means_finds_blobs_that_lie_apart():
+    """Twenty deviations lie between two blobs: the clusters are the blobs, whatever the seed."""
+    for seed in range(5):
+        assert evaluate.v_measure([0] * 50 + [1] * 50 + [2] * 50, evaluate.k_means(blobs(), 3, seed)) == pytest.approx(1)
+
+
+def test_k_means_repeats_itself_for_a_seed():
+    """Eight clusters of three blobs have many local minima: only the seed can fix which is found."""
+    first, again, other = (evaluate.k_means(blobs(), 8, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_k_means_leaves_the_global_random_state_alone():
+    """Evaluating during a run must not change the run: the next number drawn is the one drawn without it."""
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    evaluate.k_means(blobs(), 3, seed=7)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5, 9])
+def test_k_means_ends_with_more_clusters_than_distinct_points(k):
+    """Two distinct points, three times each: two clusters hold them all, and the others stay empty."""
+    clusters = evaluate.k_means(unit(0, 90, 0, 90, 0, 90), k, seed=0).tolist()
+    assert len(set(clusters)) == 2 and clusters == clusters[:2] * 3
+
+
+# an encoder's embeddings
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_embed_keeps_the_order_drops_nothing_and_restores_the_mode(tokenizer, training):
+    """Texts of 1, 3 and 2 words are embedded by length and come back in their order; 0.9 dropout would show."""
+    encoder = Compass().train(training)
+    vectors = evaluate.embed(encoder, tokenizer, ["east", "north north west", "south south"], **SIZES)
+    assert vectors.tolist() == [[1, 0], [-1, 2], [0, -2]]
+    assert vectors.dtype == torch.float32 and not vectors.requires_grad
+    assert encoder.training == encoder.dropout.training == training
+
+
+def test_embed_refuses_what_is_not_a_number(tokenizer):
+    """One NaN in the table, as after a diverged run."""
+    encoder = Compass()
+    encoder.table.weight[4] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate.embed(encoder, tokenizer, ["east", "north"], **SIZES)
+
+
+def test_retrieval_counts_equal_targets_once(tokenizer):
+    """Candidates: north, east (written twice), south. The queries "north north west" (117 degrees) and "east" find their
+    own first. "west" (180) has south and north, both at cosine 0, before its own east at -1: rank 3. Had both easts
+    stayed, "east" would tie and be second. nDCG: (1 + 1 + 1 / log2(4)) / 3."""
+    pairs = [Pair("north north west", "north"), Pair("east", "east"), Pair("west", " east"), Pair("south", "south")]
+    assert evaluate.retrieval(Compass(), tokenizer, pairs, **SIZES) == {
+        "recall@1": 0.75, "recall@10": 1.0, "mrr": pytest.approx(10 / 12), "ndcg@10": 0.875, "targets": 3}
+
+
+# the command
+
+
+@pytest.fixture
+def compass(monkeypatch, tokenizer):
+    monkeypatch.setattr(model, "load", lambda name: (Compass(), tokenizer))
+
+
+def lines(path, *values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return str(path)
+
+
+def printed(capsys, *argv):
+    evaluate.main(list(argv))
+    (line,) = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+
+def test_pairs_print_retrieval(compass, tmp_path, capsys):
+    """Both layouts of a pair; each query is its target's word, and the two targets are orthogonal."""
+    file = lines(tmp_path / "pairs.jsonl", ["north", "north"], {"query": "east", "positive": "east"})
+    assert printed(capsys, "M", "--pairs", file) == {
+        "model": "M", "file": file, "recall@1": 1.0, "recall@10": 1.0, "mrr": 1.0, "ndcg@10": 1.0, "targets": 2}
+
+
+def test_scored_prints_spearman(compass, tmp_path, capsys):
+    """Cosines 1, 0, -1 against scores 5, 2.5, 0: the same order. A blank line is no line."""
+    file = lines(tmp_path / "scored.jsonl", ["north", "north", 5], ["north", "east", 2.5])
+    with open(file, "a") as more:
+        more.write('\n{"sentence1": "north", "sentence2": "south", "score": 0, "genre": "maps"}\n')
+    assert printed(capsys, "M", "--scored", file) == {
+        "model": "M", "file": file, "spearman": pytest.approx(1.0), "sentence_pairs": 3}
+
+
+def test_labelled_prints_v_measure(compass, tmp_path, capsys):
+    """Two directions, two labels; 7 and "7" are one label."""
+    file = lines(tmp_path / "labelled.jsonl", ["north", 7], ["north north", "7"], {"text": "east", "label": "sun"})
+    assert printed(capsys, "M", "--labelled", file) == {
+        "model": "M", "file": file, "v_measure": pytest.approx(1.0), "texts": 3, "labels": 2}
+
+
+@pytest.mark.parametrize("flag, content, expected", [
+    ("--pairs", '["a"]', 'line 1: field "positive"'),
+    ("--pairs", "", ": found no row"),
+    ("--scored", "\n\n", ": found no row"),
+    ("--scored", '["a", "b", 1]\n{"a": ', "line 2: not JSON"),
+    ("--scored", '["a", "b", 1]\n3', "line 2: found 3, expected a list or an object"),
+    ("--scored", '["a", "b"]', 'line 1: field "score": found null, expected a finite number'),
+    ("--scored", '["a", "b", NaN]', 'line 1: field "score": found NaN, expected a finite number'),
+    ("--scored", '["a", "b", true]', 'line 1: field "score": found true, expected a finite number'),
+    ("--scored", '["a", "b", "5"]', 'line 1: field "score": found "5", expected a finite number'),
+    ("--scored", '["a", 2, 1]', 'line 1: field "sentence2": found 2, expected text'),
+    ("--scored", '["a", "b", 1]\n["c", "d", 1]', ": found 1 on every line"),
+    ("--labelled", '{"text": "a", "label": 1.5}', 'line 1: field "label": found 1.5, expected text or a whole number'),
+    ("--labelled", '{"text": "", "label": 1}', 'line 1: field "text": the text is empty'),
+    ("--labelled", '["a", "x"]\n["b", "x"]', ": found 'x' on every line"),
+])
+def test_a_bad_file_ends_in_one_line_and_status_2(compass, tmp_path, capsys, flag, content, expected):
+    """The line names the file, and the line and field where there is one."""
+    file = tmp_path / "bad.jsonl"
+    file.write_text(content)
+    assert refused(capsys, "M", flag, str(file)).startswith(f"evaluate.py: {file}")
+    assert expected in refused(capsys, "M", flag, str(file))
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(list(argv))
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    return err
+
+
+@pytest.mark.parametrize("flag", ["--pairs", "--scored", "--labelled"])
+def test_a_missing_file_and_one_that_is_no_text_are_refused(compass, tmp_path, capsys, flag):
+    """No traceback: the name of the file and the reason."""
+    assert "nowhere.jsonl" in refused(capsys, "M", flag, str(tmp_path / "nowhere.jsonl"))
+    (tmp_path / "packed.jsonl").write_bytes(b"\x1f\x8b\x08\x00\xff")
+    assert "packed.jsonl, line 1" in refused(capsys, "M", flag, str(tmp_path / "packed.jsonl"))
+
+
+def test_an_unknown_model_is_refused(tmp_path, capsys):
+    """The real `model.load`, on a directory that is not there."""
+    file = lines(tmp_path / "pairs.jsonl", ["north", "north"])
+    assert "no-such-model" in refused(capsys, str(tmp_path / "no-such-model"), "--pairs", file)
+
+
+def test_a_saved_encoder_is_measured(tokenizer, tmp_path, capsys):
+    """A JinaBERT with random weights, through `model.save` and `model.load`: a text is nearest to itself."""
+    config = model.JinaBertConfig(vocab_size=len(WORDS), hidden_size=64, num_hidden_layers=1, num_attention_heads=1,
+                                  intermediate_size=64)
+    model.save(model.PooledEncoder(model.JinaBertModel(config)), tokenizer, tmp_path / "model")
+    file = lines(tmp_path / "pairs.jsonl", ["north", "north"], ["east", "east"], ["south west", "south west"])
+    assert printed(capsys, str(tmp_path / "model"), "--pairs", file)["recall@1"] == 1.0
