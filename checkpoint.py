@@ -13,6 +13,7 @@ import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -67,22 +68,38 @@ def complete(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("*") if path.name.isdigit())
 
 
-def newest(run: Path) -> tuple[Path, dict]:
-    """The newest checkpoint of a run and its state. Raises FileNotFoundError where there is none, ValueError where it is
-    damaged: going on from an older one is for the user to decide."""
+def free_run(out: str | None) -> Path:
+    """`out` if nothing is there, or without it the next free runs/NNN. Raises ValueError where a run would be written over."""
+    if not out:
+        return Path("runs") / f"{max((int(path.name) for path in Path('runs').glob('[0-9]*')), default=0) + 1:03d}"
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ValueError(f"--out {out}: is not empty; --resume goes on with a run, another --out begins a new one")
+    return Path(out)
+
+
+class Checkpoint(NamedTuple):
+    run: Path
+    path: Path
+    state: dict
+
+
+def newest(out: str | None) -> Checkpoint:
+    """The newest checkpoint of the run `out`, or without it of the newest runs/NNN. Raises FileNotFoundError where there is
+    none, ValueError where it is damaged: to go on from an older one is for the user to decide."""
+    run = Path(out) if out else max(Path("runs").glob("[0-9]*"), default=Path("runs"))
     found = complete(run)
     if not found:
-        raise FileNotFoundError(f"--resume: {run} has no complete checkpoint")
-    path, advice = found[-1], f"remove that folder to go on from the checkpoint before it, or from the start"
+        raise FileNotFoundError(f"--resume: {run} holds no complete checkpoint")
+    path, advice = found[-1], "remove that folder to go on from the checkpoint before it"
     try:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}/state.json: does not open ({error}); {advice}") from None
+        raise ValueError(f"{path / 'state.json'}: does not open ({error}); {advice}") from None
     for name, size in state["files"].items():
-        found = (path / name).stat().st_size if (path / name).is_file() else 0
-        if found != size:
-            raise ValueError(f"{path / name}: {found} bytes of {size}, the checkpoint is truncated; {advice}")
-    return path, state
+        there = (path / name).stat().st_size if (path / name).is_file() else 0
+        if there != size:
+            raise ValueError(f"{path / name}: truncated, {there} of {size} bytes; {advice}")
+    return Checkpoint(run, path, state)
 
 
 def restore(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -108,3 +125,23 @@ class StopSignal:
     def _remember(self, number: int, _) -> None:
         self.name = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
+
+
+class Metrics:
+    """run/metrics.jsonl, one JSON object a line. On resume, the lines from step `first` on go: those steps come again."""
+
+    def __init__(self, run: Path, first: int):
+        self.path = run / "metrics.jsonl"
+        run.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(kept))
+        os.replace(part, self.path)
+        self.file = open(self.path, "a", buffering=1)
+
+    def __call__(self, **values) -> None:
+        self.file.write(json.dumps(values) + "\n")
+
+    def evaluations(self) -> list[dict]:
+        return [line["evaluation"] for line in map(json.loads, self.path.read_text().splitlines()) if "evaluation" in line]

@@ -13,7 +13,7 @@ hashes of its texts). Batches are decided on the hashes, and a text is read only
 import gzip
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +48,11 @@ class Batch(NamedTuple):
     source: str
     rows: list[Row]  # this rank's slice of the global batch
     dropped: int  # rows left over by the epoch that ended before this batch: they could not fill one
+
+    def texts(self) -> list[str]:
+        """All queries, then all positives, then all negatives row by row."""
+        return ([row.query for row in self.rows] + [row.positive for row in self.rows]
+                + [text for row in self.rows for text in row.negatives])
 
 
 class MicroBatch(NamedTuple):
@@ -100,8 +105,9 @@ def records(value: object) -> list[Row]:
     return [Row(columns[0][0], positive, columns[2]) for positive in columns[1]]
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, list[Row]]]:
-    """(byte offset, rows) of each line of a .jsonl or .jsonl.gz file. Raises ValueError naming file, line and field."""
+def read_lines(path: Path, parse: Callable[[object], list] = records) -> Iterator[tuple[int, list]]:
+    """(byte offset, what `parse` makes of the JSON value) for each line of a .jsonl or .jsonl.gz file, empty lines left out.
+    Raises ValueError naming file, line and field."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     offset, number = 0, 0
@@ -109,7 +115,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, list[Row]]]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield offset, records(json.loads(line.decode()))
+                    yield offset, parse(json.loads(line.decode()))
                 offset += len(line)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, line {number}: byte {error.start} is not UTF-8; convert the file") from None
@@ -329,19 +335,25 @@ class SourceBatches:
 
 
 def micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: int) -> list[MicroBatch]:
-    """Cuts a step's texts into micro-batches of at most `micro_tokens` tokens, padding included. Ours: sorted by length, the
-    longest first, so that little is padded and memory peaks at once. A text alone may exceed the bound."""
+    """Cuts a step's texts into micro-batches of at most `micro_tokens` tokens, padding included; all in one if that fits.
+
+    Ours: sorted by length (their order is free), the longest first so that memory peaks at once, and cut early where
+    more than 1/20 of a micro-batch would be padding. A single text may exceed the bound.
+    """
     ids = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    batches = []
-    while order:
-        size = max(1, micro_tokens // len(ids[order[0]]))
-        chunk, order = order[:size], order[size:]
-        rows = [torch.tensor(ids[i]) for i in chunk]
-        batches.append(MicroBatch(
-            torch.tensor(chunk), pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
-            pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)))
-    return batches
+    lengths = [len(x) for x in ids]
+    everything_fits = len(ids) * max(lengths) <= micro_tokens
+    chunks, width, tokens = [], 0, 0
+    for i in sorted(range(len(ids)), key=lambda i: -lengths[i]):
+        size = width * (len(chunks[-1]) + 1) if chunks else 0
+        if not chunks or not everything_fits and (size > micro_tokens or tokens + lengths[i] < 0.95 * size):
+            chunks.append([])
+            width, tokens = lengths[i], 0
+        chunks[-1].append(i)
+        tokens += lengths[i]
+    return [MicroBatch(torch.tensor(chunk),
+                       pad_sequence([torch.tensor(ids[i]) for i in chunk], True, tokenizer.pad_token_id),
+                       pad_sequence([torch.ones(lengths[i], dtype=torch.long) for i in chunk], True)) for chunk in chunks]
 
 
 def train_tokenizer(sources: list[Source], vocab_size: int) -> BertTokenizer:

@@ -16,6 +16,7 @@ import json
 import math
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ def k_means(x: Tensor, k: int, seed: int, restarts: int = 3) -> Tensor:
     points leave some empty.
     """
     generator = torch.Generator().manual_seed(seed)
-    x, k, lowest = x.detach().float().cpu(), min(k, len(x)), math.inf
+    x, k, runs = x.detach().float().cpu(), min(k, len(x)), []
     for _ in range(restarts):
         centres, nearest = x[torch.randint(len(x), (1,), generator=generator)], torch.full((len(x),), math.inf)
         for _ in range(k - 1):  # the next centre: a point drawn by its squared distance to the nearest centre so far
@@ -122,25 +123,21 @@ def k_means(x: Tensor, k: int, seed: int, restarts: int = 3) -> Tensor:
             clusters, size = closest, torch.bincount(closest, minlength=k)
             centres = torch.zeros_like(centres).index_add_(0, clusters, x) / size.clamp(min=1)[:, None]
             centres[size == 0] = x[distance.topk(int((size == 0).sum())).indices]
-        inertia = distance.square().sum().item()
-        if inertia < lowest:
-            lowest, best = inertia, clusters
-    return best
+        runs.append((distance.square().sum().item(), clusters))
+    return min(runs, key=lambda run: run[0])[1]
 
 
 @torch.no_grad()
 def embed(encoder, tokenizer, texts: list[str], max_length: int, micro_tokens: int) -> Tensor:
     """The texts' embeddings, without dropout: (M, D) float32 on CPU. Raises ValueError where one is not finite."""
     device, training = next(encoder.parameters()).device, encoder.training
-    index, vectors = [], []
+    batches = data.micro_batches(tokenizer, texts, max_length, micro_tokens)
     encoder.eval()
     try:
-        for batch in data.micro_batches(tokenizer, texts, max_length, micro_tokens):
-            index.append(batch.index)
-            vectors.append(encoder(batch.input_ids.to(device), batch.attention_mask.to(device)).float().cpu())
+        vectors = [encoder(b.input_ids.to(device), b.attention_mask.to(device)).float().cpu() for b in batches]
     finally:
         encoder.train(training)
-    vectors = torch.cat(vectors)[torch.cat(index).argsort()]
+    vectors = torch.cat(vectors)[torch.cat([b.index for b in batches]).argsort()]  # back from by length to as given
     if not vectors.isfinite().all():
         raise ValueError("the encoder gives embeddings that are not finite: its weights are broken, take an earlier save")
     return vectors
@@ -152,14 +149,13 @@ def retrieval(encoder, tokenizer, pairs, max_length: int, micro_tokens: int) -> 
     Targets equal but for case and white space (`data.key`) are one candidate, or a copy of the right answer would stand
     there as a wrong one. A query with several targets counts once for each, and the others count as wrong.
     """
-    keys = [data.key(pair.positive) for pair in pairs]
-    targets = {key: pair.positive for key, pair in zip(keys, pairs)}
-    place = {key: i for i, key in enumerate(targets)}
+    keys = np.array([data.key(pair.positive) for pair in pairs], "u8")
+    _, first, own = np.unique(keys, return_index=True, return_inverse=True)
     q = embed(encoder, tokenizer, [pair.query for pair in pairs], max_length, micro_tokens)
-    p = embed(encoder, tokenizer, list(targets.values()), max_length, micro_tokens)
-    found = ranks(q, p, torch.tensor([place[key] for key in keys]))
+    p = embed(encoder, tokenizer, [pairs[i].positive for i in first], max_length, micro_tokens)
+    found = ranks(q, p, torch.from_numpy(own))
     return {"recall@1": recall_at(found, 1), "recall@10": recall_at(found, 10), "mrr": mean_reciprocal_rank(found),
-            "ndcg@10": ndcg_at_10(found), "targets": len(targets)}
+            "ndcg@10": ndcg_at_10(found), "targets": len(p)}
 
 
 def similarity(encoder, tokenizer, scored, max_length: int, micro_tokens: int) -> dict:
@@ -182,7 +178,7 @@ KINDS = {"text": (str,), "a finite number": (int, float), "text or a whole numbe
 
 
 def read_fields(path: str, **fields: str) -> list[tuple]:
-    """Lines {"field": value, ...} or [value, ...] of a .jsonl file, as tuples in the order of `fields`, each one of KINDS.
+    """Lines {"field": value, ...} or [value, ...] of a .jsonl or .jsonl.gz file, as tuples in the order of `fields`, each one of KINDS.
     Raises ValueError naming file, line and field."""
     def check(value, name):
         value = data.text_of(value, name) if isinstance(value, str) else value
@@ -190,38 +186,30 @@ def read_fields(path: str, **fields: str) -> list[tuple]:
             raise ValueError(f'field "{name}": found {json.dumps(value)[:40]}, expected {fields[name]}')
         return str(value) if str in KINDS[fields[name]] else value
 
-    found = []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode())
-                value = dict(zip(fields, value)) if isinstance(value, list) else value
-                if not isinstance(value, dict):
-                    raise ValueError(f"found {json.dumps(value)[:40]}, expected a list or an object")
-                found.append(tuple(check(value.get(name), name) for name in fields))
-            except ValueError as error:
-                reason = error if type(error) is ValueError else f"not JSON in UTF-8 ({error}); write one value a line"
-                raise ValueError(f"{path}, line {number}: {reason}") from None
-    return found
+    def parse(value):
+        value = dict(zip(fields, value)) if isinstance(value, list) else value
+        if not isinstance(value, dict):
+            raise ValueError(f"found {json.dumps(value)[:40]}, expected a list or an object")
+        return [tuple(check(value.get(name), name) for name in fields)]
+
+    return [row for _, rows in data.read_lines(Path(path), parse) for row in rows]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Metrics of an encoder, as one JSON line.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="directory or hub name")
-    file, path = parser.add_mutually_exclusive_group(required=True), dict(metavar="FILE", default=argparse.SUPPRESS)
-    file.add_argument("--pairs", **path, help="retrieval: any layout of pairs that train.py reads")
-    file.add_argument("--scored", **path, help='similarity: lines {"sentence1", "sentence2", "score"} or lists of them')
-    file.add_argument("--labelled", **path, help='clustering: lines {"text", "label"} or lists of them')
+    file, flag = parser.add_mutually_exclusive_group(required=True), dict(metavar="FILE", default=argparse.SUPPRESS)
+    file.add_argument("--pairs", **flag, help="retrieval: any layout of pairs that train.py reads")
+    file.add_argument("--scored", **flag, help='similarity: lines {"sentence1", "sentence2", "score"} or lists of them')
+    file.add_argument("--labelled", **flag, help='clustering: lines {"text", "label"} or lists of them')
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a text; ours: the paper's pre-training "
                         "length, and the most that an ordinary BERT takes. A JinaBERT takes any")
     parser.add_argument("--micro-tokens", type=int, default=16384, help="tokens of a forward pass; ours, for memory only")
     parser.add_argument("--seed", type=int, default=0, help="of k-means; ours")
     args = parser.parse_args(argv)
-    if min(args.max_length, args.micro_tokens) < 1:
-        parser.error("--max-length and --micro-tokens: at least 1")
+    if args.max_length < 3 or args.micro_tokens < 1:
+        parser.error("--max-length is at least 3, [CLS], a token and [SEP], and --micro-tokens at least 1")
     try:
         if "pairs" in args:
             path, measure, rows = args.pairs, retrieval, list(data.read_rows(args.pairs))

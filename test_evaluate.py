@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections import namedtuple
 
 import pytest
@@ -201,6 +200,24 @@ def test_k_means_ends_with_more_clusters_than_distinct_points(k):
     assert len(set(clusters)) == 2 and clusters == clusters[:2] * 3
 
 
+def test_k_means_starts_an_empty_cluster_again(monkeypatch):
+    """Two centres start on the first point, so that one of them gets no point; the blobs are found all the same, here
+    moved by 20 lest a centre at the origin be a good one. (k-means++ draws such a start only where points repeat.)"""
+    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: torch.tensor([0]))
+    assert evaluate.v_measure([0] * 50 + [1] * 50 + [2] * 50, evaluate.k_means(blobs() + 20, 3, seed=0)) == pytest.approx(1)
+
+
+def test_k_means_keeps_the_best_restart():
+    """Five restarts begin with the one that restarts=1 makes: their squared distance is never larger, and for eight
+    clusters of three blobs it is smaller for some seed."""
+    def squared_distance(seed, restarts):
+        x, clusters = blobs(), evaluate.k_means(blobs(), 8, seed, restarts)
+        return sum((x[clusters == c] - x[clusters == c].mean(0)).square().sum().item() for c in clusters.unique())
+
+    one, five = ([squared_distance(seed, restarts) for seed in range(4)] for restarts in (1, 5))
+    assert all(b <= a + 1e-3 for a, b in zip(one, five)) and sum(five) < sum(one) - 1
+
+
 # an encoder's embeddings
 
 
@@ -223,12 +240,21 @@ def test_embed_refuses_what_is_not_a_number(tokenizer):
 
 
 def test_retrieval_counts_equal_targets_once(tokenizer):
-    """Candidates: north, east (written twice), south. The queries "north north west" (117 degrees) and "east" find their
-    own first. "west" (180) has south and north, both at cosine 0, before its own east at -1: rank 3. Had both easts
-    stayed, "east" would tie and be second. nDCG: (1 + 1 + 1 / log2(4)) / 3."""
+    """Candidates: north, east (there twice, once with a blank), south. "north north west", "east" and "south" find their
+    own first. "west" is at cosine 0 to north and south, at -1 to its own east: rank 3. Had both easts stayed, "east" would
+    tie and be second. MRR (3 + 1/3) / 4 = 10/12; nDCG (3 + 1 / log2(4)) / 4 = 3.5 / 4."""
     pairs = [Pair("north north west", "north"), Pair("east", "east"), Pair("west", " east"), Pair("south", "south")]
     assert evaluate.retrieval(Compass(), tokenizer, pairs, **SIZES) == {
         "recall@1": 0.75, "recall@10": 1.0, "mrr": pytest.approx(10 / 12), "ndcg@10": 0.875, "targets": 3}
+
+
+def test_similarity_finds_no_order_in_rounding(monkeypatch):
+    """A collapsed encoder: all cosines are 1 but for fp32 rounding, so all ranks are equal and the correlation is 0."""
+    noise = 1e-7 * torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
+    a, b = 1 + noise, 1 + noise.roll(1, 0)
+    assert len(set(torch.cosine_similarity(a, b).tolist())) > 1
+    monkeypatch.setattr(evaluate, "embed", lambda *args: a if args[2][0] == "a" else b)
+    assert evaluate.similarity(None, None, [("a", "b", score) for score in range(20)], **SIZES)["spearman"] == 0.0
 
 
 # the command
@@ -326,3 +352,11 @@ def test_a_saved_encoder_is_measured(tokenizer, tmp_path, capsys):
     model.save(model.PooledEncoder(model.JinaBertModel(config)), tokenizer, tmp_path / "model")
     file = lines(tmp_path / "pairs.jsonl", ["north", "north"], ["east", "east"], ["south west", "south west"])
     assert printed(capsys, str(tmp_path / "model"), "--pairs", file)["recall@1"] == 1.0
+
+
+@pytest.mark.parametrize("flags", [["--max-length", "2"], ["--micro-tokens", "0"], ["--scored", "b.jsonl"]])
+def test_flags_that_cannot_work_are_refused(capsys, flags):
+    """Two tokens leave no room for a word; a forward pass needs a token; one file is measured at a time."""
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["M", "--pairs", "a.jsonl", *flags])
+    assert flags[0] in capsys.readouterr().err.splitlines()[-1]
