@@ -78,8 +78,9 @@ def roots(tree):
 
 
 def pairs_in(manifest):
-    return {entry["name"]: [tuple(json.loads(line)) for line in open(manifest.parent / entry["path"], encoding="utf-8")]
-            for entry in json.loads(manifest.read_text(encoding="utf-8"))}
+    texts = {entry["name"]: (manifest.parent / entry["path"]).read_text(encoding="utf-8")
+             for entry in json.loads(manifest.read_text())}
+    return {name: [tuple(json.loads(line)) for line in text.split("\n")[:-1]] for name, text in texts.items()}
 
 
 def test_every_source_of_a_small_module():

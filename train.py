@@ -29,7 +29,7 @@ LR_RANDOM = 1e-3, "ours, for random weights"
 LR_PRETRAINED = 2e-5, "Nomic Embed's, for pretrained weights"
 
 
-def parse_arguments() -> tuple[argparse.Namespace, checkpoint.Checkpoint | None]:
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpoint.Checkpoint | None]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("losses.py (§5.1, §5.2)").add_argument
     add("--stage", type=int, choices=(2, 3), default=2, help="2: pairs, equation (4); 3: with negatives, equation (5)")
@@ -59,12 +59,12 @@ def parse_arguments() -> tuple[argparse.Namespace, checkpoint.Checkpoint | None]
     add("--eval-every", type=int, help="steps from evaluation to evaluation; unset: half of --steps")
     add("--resume", action="store_true", help="go on from the newest checkpoint of --out, or of the newest runs/NNN, "
                                               "with its flags where none is given")
-    args, resumed = parser.parse_args(), None
+    args, resumed = parser.parse_args(argv), None
     if args.resume:
         resumed = checkpoint.newest(args.out)
         parser.set_defaults(**resumed.state["args"])
-        args = parser.parse_args()
-        if resumed.state["step"] >= args.steps:
+        args = parser.parse_args(argv)
+        if resumed.state["step"] >= args.steps and (resumed.run / "model").is_dir():
             raise ValueError(f"--resume: {resumed.run} is finished with {resumed.state['step']} steps; --steps can raise that")
     for flag in ("batch_size", "max_length", "micro_tokens", "steps", "save_every", "negatives", "tau", "clip"):
         if not getattr(args, flag) > 0:
@@ -78,12 +78,11 @@ def held_out_scores(encoder, tokenizer, sources: list[data.Source], args: argpar
     """Retrieval metrics of each source's held-out pairs, and their mean over the sources."""
     scores = {source.name: evaluate.retrieval(encoder, tokenizer, source.held_out, args.max_length, args.micro_tokens)
               for source in sources if source.held_out}
-    names = ("recall@1", "mrr", "ndcg@10")
-    return scores | {"mean": {name: sum(s[name] for s in scores.values()) / max(1, len(scores)) for name in names}}
+    names = ("recall@1", "mrr", "ndcg@10") if scores else ()
+    return scores | {"mean": {name: sum(s[name] for s in scores.values()) / len(scores) for name in names}}
 
 
-def main() -> None:
-    args, resumed = parse_arguments()
+def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None) -> None:
     run = resumed.run if resumed else checkpoint.free_run(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
@@ -92,6 +91,7 @@ def main() -> None:
     if not args.sources:
         from corpora import installed_docs
         args.sources = str(installed_docs.build())
+    args.sources = str(Path(args.sources).resolve())  # as a resumed run will look for it
     sources = data.load_sources(args.sources)
     k, N = args.batch_size, args.negatives if args.stage == 3 else 0
     batches = data.SourceBatches(sources, k, args.seed, negatives=N)
@@ -179,26 +179,25 @@ def main() -> None:
                   f"python train.py --resume --out {run} goes on")
             return
     checkpoint.publish(run / "model", lambda part: model.save(encoder, tokenizer, part))
-    print(report(log.evaluations(), run))
+    before, *_, after = log.evaluations()
+    print(f"\n{'held-out recall@1':30}{'targets':>8}{'before':>8}{'after':>8}")
+    for name, scores in after.items() if len(after) > 1 else ():
+        print(f"{name:30}{scores.get('targets', ''):>8}{before[name]['recall@1']:8.3f}{scores['recall@1']:8.3f}")
+    flag, note = "", ""
+    if isinstance(encoder.backbone, model.JinaBertModel):
+        flag, note = ", trust_remote_code=True", "; without that flag other tools build a plain BERT with random weights"
+    print(f"{run / 'model'} opens with model.load('{run / 'model'}') and SentenceTransformer('{run / 'model'}'{flag}){note}")
 
 
-def report(evaluations: list[dict], run: Path) -> str:
-    """What the run has done, and how to use it."""
-    before, after = evaluations[0], evaluations[-1]
-    lines = [f"held-out recall@1{'':23}{'targets':>8}{'before':>8}{'after':>8}"]
-    for name, scores in after.items():
-        lines.append(f"  {name:38}{scores.get('targets', ''):>8}{before[name]['recall@1']:8.3f}{scores['recall@1']:8.3f}")
-    return "\n".join(lines + [
-        f"The model is {run / 'model'}: encoder, tokenizer = model.load('{run / 'model'}'), or elsewhere",
-        f"SentenceTransformer('{run / 'model'}', trust_remote_code=True). A JinaBERT directory needs that flag: without it",
-        "other tools build a plain BERT with random weights, and hardly say so."])
-
-
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     try:
-        main()
+        train(*parse_arguments(argv))
     except FloatingPointError as error:
         sys.exit(f"train.py: {error}")
     except (OSError, ValueError) as error:  # bad input: one line, and nothing of a former run touched
-        print(f"train.py: {error}", file=sys.stderr)
+        print("train.py:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

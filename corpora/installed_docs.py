@@ -31,7 +31,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tqdm import tqdm
 
-FORMAT = 4  # part of the fingerprint: add one with every change here that changes a pair
+FORMAT = 1  # raise it whenever the same files give other pairs
 HERE = Path(__file__).resolve().parent
 
 # Paper: a source's sampling rate follows its quality and its size; the rates are not published. Ours: quality x sqrt(pairs).
@@ -91,7 +91,7 @@ def is_pair(source, query, target):
     good_query = words >= 2 if source in NAMED else words >= 3 and letters(query) >= 0.7 and not LIST.match(query)
     good_target = len(re.findall(r"[^\W\d_]{2,}", target)) >= TARGET_WORDS and letters(target) >= 0.4  # no tables, no drawings
     noisy = NOISE.match(query) or NOISE.match(target)
-    return good_query and good_target and not noisy and len(query) <= QUERY_CHARS and query != target
+    return good_query and good_target and not noisy and len(query) <= QUERY_CHARS and query.casefold() != target.casefold()
 
 
 def keys(text):
@@ -272,7 +272,7 @@ def installed():
     """{"name==version": its Python files} for Python itself and the closure of requirements.txt."""
     text = (HERE.parent / "requirements.txt").read_text(encoding="utf-8")
     library = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in library.rglob("*.py") if not re.search(r"\b(site|dist)-packages\b", str(path.relative_to(library)))]
+    files = [path for path in library.rglob("*.py") if "-packages" not in str(path.relative_to(library))]  # site-, dist-
     roots = {f"python=={platform.python_version()}": sorted(files)}
     for name, package in closure([line for line in text.splitlines() if line.strip() and not line.startswith("#")]).items():
         files = sorted(file for file in package.files or [] if file.suffix == ".py" and file.parts[0] != "..")
@@ -284,7 +284,7 @@ def unique(files):
     """{source: pairs}: of equal and nearly equal queries the first only, and likewise of targets."""
     pairs, seen = {source: [] for source in QUALITY}, {source: (set(), set()) for source in QUALITY}
     # spawn: train.py has imported torch by now, and to fork a process that has threads can hang. Trees have no cycles, so
-    # the garbage collector would walk them for nothing: a fifth of the time.
+    # the garbage collector would walk them for nothing: a tenth of the time.
     workers, context = min(os.cpu_count() or 1, PROCESSES), multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=gc.disable) as pool:
         for found in tqdm(pool.map(read, files, chunksize=16), total=len(files), unit="file", desc="installed_docs"):

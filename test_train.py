@@ -1,0 +1,197 @@
+"""The loop on toy sources, run as a user runs it: what it writes, how it stops and goes on, and what it says of bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import model
+import train
+
+HERE = Path(__file__).parent
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c d e f g h i j".split()
+STOP = {signal.SIGTERM: signal.getsignal(signal.SIGTERM), signal.SIGINT: signal.getsignal(signal.SIGINT)}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a manifest of two sources, 60 rows each, with 3 negatives a row, and a small JinaBERT, dropout 0.1."""
+    monkeypatch.chdir(tmp_path)
+    letters = WORDS[5:]
+    for name in ("left", "right"):
+        with open(f"{name}.jsonl", "w") as file:
+            for i in range(60):
+                text = [" ".join(letters[(i * m + i // 10 * j) % 10] for j in range(3 + i % 4)) + f" {name}{i}" for m in range(1, 6)]
+                file.write(json.dumps({"query": text[0] + " a", "positive": text[1] + " b", "negatives": [t + " c" for t in text[2:]]}) + "\n")
+    Path("sources.json").write_text(json.dumps([{"name": n, "path": f"{n}.jsonl", "rate": r} for n, r in (("left", 1), ("right", 2))]))
+    torch.manual_seed(0)
+    config = model.JinaBertConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}, model_max_length=8192)
+    model.save(model.PooledEncoder(model.JinaBertModel(config)), tokenizer, tmp_path / "small")
+    yield tmp_path
+    for number, handler in STOP.items():
+        signal.signal(number, handler)
+
+
+FLAGS = ["--sources", "sources.json", "--model", "small", "--batch-size", "16", "--micro-tokens", "128", "--precision", "fp32",
+         "--lr", "1e-3", "--save-every", "2"]
+
+
+def weights(run):
+    return load_file(Path(run) / "model" / "model.safetensors")
+
+
+def metrics(run):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def refused(capsys, *flags):
+    """Runs train.py expecting exit status 2 -> the one line it said."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(flags))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def test_a_run_writes_metrics_checkpoints_and_a_model_that_opens(folder, capsys):
+    train.main([*FLAGS, "--steps", "4"])
+    lines = metrics("runs/001")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "evaluation" in line] == [0, 2, 4]
+    assert {"step", "loss", "source", "lr", "grad_norm", "tokens", "pairs_per_second", "accuracy"} <= set(steps[0])
+    assert [line["lr"] for line in steps] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert sorted(os.listdir("runs/001/checkpoints")) == ["00000002", "00000004"]
+    encoder, tokenizer = model.load("runs/001/model")
+    assert "trust_remote_code=True" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_same_command_gives_the_same_weights_in_the_next_free_folder(folder):
+    train.main([*FLAGS, "--steps", "2"])
+    train.main([*FLAGS, "--steps", "2"])
+    first, second = weights("runs/001"), weights("runs/002")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_a_run_stopped_and_resumed_ends_in_bit_identical_weights(folder, stage):
+    """Dropout 0.1, fp32, CPU: 6 steps at once, against 2 steps, a SIGTERM, and 4 more by `--resume` alone."""
+    flags = [*FLAGS, "--steps", "6", "--stage", stage, "--negatives", "2"]
+    train.main([*flags, "--out", "whole"])
+
+    class Stopped(train.checkpoint.StopSignal):
+        def __init__(self):
+            super().__init__()
+            os.kill(os.getpid(), signal.SIGTERM)  # arrives before step 1 is over
+
+    original, train.checkpoint.StopSignal = train.checkpoint.StopSignal, Stopped
+    train.main([*flags, "--out", "parts"])
+    train.checkpoint.StopSignal = original
+    assert not Path("parts/model").exists() and os.listdir("parts/checkpoints") == ["00000001"]
+    train.main(["--resume", "--out", "parts"])
+    whole, parts = weights("whole"), weights("parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    losses = [[line["loss"] for line in metrics(run) if "loss" in line] for run in ("whole", "parts")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_lines_of_steps_after_the_checkpoint_are_cut_off_on_resume(folder):
+    """Killed after step 5 with a checkpoint of step 4: step 5 is in metrics.jsonl once."""
+    train.main([*FLAGS, "--steps", "4", "--out", "run"])
+    with open("run/metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 5, "loss": 0.0}) + '\n{"step": 6, "lo')
+    train.main(["--resume", "--out", "run", "--steps", "6"])
+    assert [line["step"] for line in metrics("run") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_model_is_written_by_a_resume_when_only_that_was_missing(folder):
+    train.main([*FLAGS, "--steps", "2", "--out", "run"])
+    before = weights("run")
+    os.rename("run/model", "gone")
+    train.main(["--resume", "--out", "run"])
+    assert all(torch.equal(before[name], after) for name, after in weights("run").items())
+
+
+def test_stage_2_and_stage_3_differ_in_the_loss_alone(folder):
+    """Equal seeds and dropout 0: the first batch is the same, and equation (5) adds 2 * 16 terms to the queries' sums."""
+    for stage in "23":
+        train.main([*FLAGS, "--steps", "1", "--stage", stage, "--negatives", "2", "--dropout", "0", "--out", stage])
+    two, three = (metrics(stage)[1] for stage in "23")
+    assert two["source"] == three["source"] and two["loss"] < three["loss"]
+
+
+def test_checkpointed_layers_and_micro_batches_give_the_same_run(folder):
+    """fp32: checkpointed is bit-identical; other micro-batches agree to rounding with dropout off."""
+    for out, flags in (("a", []), ("b", ["--checkpoint-layers"]), ("c", ["--micro-tokens", "100000"])):
+        train.main([*FLAGS, "--steps", "3", "--dropout", "0", "--out", out, *flags])
+    a, b, c = ([line["loss"] for line in metrics(out) if "loss" in line] for out in "abc")
+    assert a == b and a == pytest.approx(c, rel=1e-4)
+
+
+def test_a_plain_bert_trains_and_opens_without_a_flag(folder, capsys):
+    config = transformers.BertConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    model.save(model.PooledEncoder(transformers.BertModel(config)), model.load("small")[1], "bert")
+    train.main([*FLAGS, "--model", "bert", "--steps", "2", "--out", "run"])
+    assert "trust_remote_code" not in capsys.readouterr().out
+    assert type(model.load("run/model")[0].backbone) is transformers.BertModel
+
+
+def test_a_loss_that_is_not_finite_names_step_and_source_and_keeps_the_checkpoint(folder):
+    train.main([*FLAGS, "--steps", "2", "--out", "run"])
+    before = weights("run/checkpoints/00000002")
+    original, train.losses.pair_loss = train.losses.pair_loss, lambda q, p, tau: (q - p).sum() * float("nan")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--resume", "--out", "run", "--steps", "4"])
+    train.losses.pair_loss = original
+    assert "step 3, source " in stop.value.code and "loss nan" in stop.value.code
+    assert os.listdir("run/checkpoints") == ["00000002"]
+    assert all(torch.equal(before[name], after) for name, after in weights("run/checkpoints/00000002").items())
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--sources", "none.json"], "none.json: no such manifest"),
+    (["--model", "./none"], "model ./none: "),
+    (["--batch-size", "64"], "source left: 57 usable pairs"),
+    (["--batch-size", "0"], "--batch-size 0: expected a number above 0"),
+    (["--tau", "-1"], "--tau -1.0: expected"),
+    (["--micro-tokens", "64"], "--micro-tokens 64 is less than one text of --max-length 128"),
+    (["--max-length", "9000", "--micro-tokens", "9000"], "--max-length 9000: small takes at most 8192 tokens"),
+    (["--stage", "3"], "left.jsonl, line 1: 3 negatives, but --negatives 15"),
+    (["--resume"], "--resume: runs holds no complete checkpoint"),
+    (["--resume", "--out", "none"], "--resume: none holds no complete checkpoint"),
+])
+def test_bad_input_is_one_line_and_writes_nothing(folder, capsys, flags, said):
+    before = sorted(os.listdir())
+    assert said in refused(capsys, *FLAGS, *flags)
+    assert sorted(set(os.listdir()) - {".cache"}) == before
+
+
+def test_a_finished_run_is_neither_written_over_nor_resumed(folder, capsys):
+    train.main([*FLAGS, "--steps", "2", "--out", "run"])
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    assert "--out run: is not empty" in refused(capsys, *FLAGS, "--out", "run")
+    assert "run is finished with 2 steps" in refused(capsys, "--resume", "--out", "run")
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
+
+
+def test_resume_with_another_seed_or_changed_sources_is_refused(folder, capsys):
+    train.main([*FLAGS, "--steps", "2", "--out", "run"])
+    assert "another seed: 0, now 1" in refused(capsys, "--resume", "--out", "run", "--steps", "4", "--seed", "1")
+    with open("left.jsonl", "a") as file:
+        file.write('["one more", "row"]\n')
+    assert "another rows: " in refused(capsys, "--resume", "--out", "run", "--steps", "4")
+
+
+def test_as_a_command_bad_input_has_status_2_and_no_traceback(folder):
+    """What the other tests call in the process, once from outside."""
+    found = subprocess.run([sys.executable, HERE / "train.py", "--sources", "none.json"], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (2, "train.py: none.json: no such manifest\n")
