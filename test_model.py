@@ -88,7 +88,8 @@ def test_tiny_has_the_published_names_and_no_buffer():
             shapes |= {f"{layer}{name}.weight": (D, D), f"{layer}{name}.bias": (D,)}
         for name in ("attention.output.LayerNorm", "mlp.layernorm"):
             shapes |= {f"{layer}{name}.weight": (D,), f"{layer}{name}.bias": (D,)}
-        shapes |= {f"{layer}mlp.gated_layers.weight": (2 * I, D), f"{layer}mlp.wo.weight": (D, I), f"{layer}mlp.wo.bias": (D,)}
+        shapes |= {f"{layer}mlp.{name}": shape for name, shape in (
+            ("gated_layers.weight", (2 * I, D)), ("wo.weight", (D, I)), ("wo.bias", (D,)))}
     encoder = model.create("tiny")
     assert {name: tuple(p.shape) for name, p in encoder.backbone.state_dict().items()} == shapes
     assert list(encoder.buffers()) == []
@@ -104,9 +105,9 @@ def test_sizes_are_those_of_table_1(size, layers, width, heads, intermediate, fe
     with torch.device("meta"):
         backbone = model.create(size).backbone
     c = backbone.config
-    assert (c.num_hidden_layers, c.hidden_size, c.num_attention_heads) == (layers, width, heads) == (layers, 64 * heads, heads)
+    assert (c.num_hidden_layers, c.hidden_size, c.num_attention_heads) == (layers, width, heads)
     assert (c.intermediate_size, c.feed_forward_type, c.hidden_dropout_prob) == (intermediate, feed_forward, dropout)
-    assert (c.attention_probs_dropout_prob, c.layer_norm_eps, c.vocab_size) == (0.0, 1e-12, 30528)
+    assert (c.attention_probs_dropout_prob, c.layer_norm_eps, c.hidden_size // heads) == (0.0, 1e-12, 64)
     assert sum(p.numel() for p in backbone.parameters()) == parameters
 
 
