@@ -139,8 +139,8 @@ class Source:
     """A file of pairs with a name and a sampling rate. Set by `load_sources`: `train`, ids of the rows to train on;
     `usable`, pairs that an epoch can give at most when no text stands twice; `held_out`, rows to evaluate on."""
 
-    def __init__(self, name: str, path: Path, rate: float, kind: str, eval: Path | None, cache: Path):
-        self.name, self.rate, self.kind, self.eval, self.cache = name, rate, kind, eval, cache
+    def __init__(self, name: str, path: Path, rate: float, kind: str, cache: Path):
+        self.name, self.rate, self.kind, self.cache = name, rate, kind, cache
         if not path.is_file():
             raise FileNotFoundError(f"source {name}: {path}: no such file")
         stat = path.stat()
@@ -202,20 +202,21 @@ def load_sources(manifest: Path | str) -> list[Source]:
         raise ValueError(f"{manifest}: not JSON ({error})") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{manifest}: expected a list of sources, each an object with a name and a path")
-    known = ("name", "path", "rate", "kind", "eval", "licence", "lines", "weight")
     for number, entry in enumerate(entries, 1):
-        where, name, kind = f"{manifest}, source {number}", entry.get("name"), entry.get("kind", "retrieval")
-        path, rate = entry.get("path", name), entry.get("rate", entry.get("weight", 1))
-        if not isinstance(name, str) or not isinstance(path, str) or name in (source.name for source in sources):
-            raise ValueError(f'{where}: "name" and "path" are texts, each name once; found {name!r} and {path!r}')
-        if unknown := [field for field in entry if field not in known]:
-            raise ValueError(f'{where}: unknown field "{unknown[0]}"; known are {", ".join(known)}')
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
-            raise ValueError(f'{where}: field "rate": found {rate!r}, expected a number above 0')
-        if kind not in ("retrieval", "similarity"):
-            raise ValueError(f'{where}: field "kind": found {kind!r}, expected "retrieval" or "similarity"')
-        eval_file = manifest.parent / entry["eval"] if entry.get("eval") else None
-        sources.append(Source(name, manifest.parent / path, rate, kind, eval_file, manifest.parent / ".cache" / "v1"))
+        entry = {"path": entry.get("name"), "rate": entry.get("weight", 1), "kind": "retrieval", "eval": None} | entry
+        name, path, rate, kind, held_out = (entry.get(field) for field in ("name", "path", "rate", "kind", "eval"))
+        unknown = set(entry) - {"name", "path", "rate", "kind", "eval", "licence", "lines", "weight"}
+        for wrong, what in [
+                (unknown, f"unknown fields {sorted(unknown)}"),
+                (not isinstance(name, str) or name in [source.name for source in sources], f'"name" {name!r}: a text, once'),
+                (not isinstance(path, str), f'"path" {path!r}: expected a text'),
+                (type(rate) not in (int, float) or not 0 < rate < float("inf"), f'"rate" {rate!r}: expected a number above 0'),
+                (kind not in ("retrieval", "similarity"), f'"kind" {kind!r}: expected "retrieval" or "similarity"'),
+                (not isinstance(held_out, str | None), f'"eval" {held_out!r}: expected a path')]:
+            if wrong:
+                raise ValueError(f"{manifest}, source {number}: {what}")
+        sources.append(Source(name, manifest.parent / path, rate, kind, manifest.parent / ".cache" / "v1"))
+        sources[-1].eval = manifest.parent / held_out if held_out else None
     for source in sources:
         targets, first = np.unique(source.index["positive"], return_index=True)  # sorted hashes: a random order of targets
         rows = read_rows(source.eval) if source.eval else map(source.read, first[: min(EVAL_TARGETS, len(targets) // 20)])

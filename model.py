@@ -9,7 +9,6 @@ self-contained: `save` puts a copy of it beside the weights, so that other tools
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -107,7 +106,7 @@ class JinaBertSelfAttention(nn.Module):
         B, T, D = hidden.shape
         q, k, v = (project(hidden).view(B, T, self.heads, -1).transpose(1, 2)
                    for project in (self.query, self.key, self.value))
-        return attend(q, k, v, bias.to(q.dtype)).transpose(1, 2).reshape(B, T, D)
+        return attend(q, k, v, bias).transpose(1, 2).reshape(B, T, D)
 
 
 class JinaBertSelfOutput(nn.Module):
@@ -170,7 +169,9 @@ class JinaBertModel(PreTrainedModel):
                 **_) -> BaseModelOutput:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.embeddings(input_ids, token_type_ids)
-        bias = alibi_bias(self.slopes, mask, hidden.dtype)
+        # In the precision of the products, which under mixed precision is not that of `hidden`: cast in every layer instead,
+        # the backward pass would keep a copy per layer, and the lowest fp32 number would become bf16's -inf.
+        bias = alibi_bias(self.slopes, mask, (hidden[:0] @ hidden[:0].mT).dtype)
         for layer in self.encoder["layer"]:
             hidden = layer(hidden, bias)
         return BaseModelOutput(last_hidden_state=hidden)
@@ -212,21 +213,25 @@ def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrain
     huggingface_hub.utils.logging.set_verbosity_error()  # a warning for every retry
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # TypeError and KeyError too, for JSON of another shape
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"model {name}: neither a directory with a config.json and a tokenizer, nor a name that the hub "
                       f"gave us ({reason})") from error
     if not config:
         raise OSError(f"model {name}: no config.json there")
-    options = dict(dtype=torch.float32, output_loading_info=True)  # the published files are in half precision
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up without a file
+        raise OSError(f"model {name}: no tokenizer there")
+    # fp32: the published files are in half precision. Mismatched sizes: else an error that names no weight.
+    options = dict(dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False)
     try:
         if config.get("position_embedding_type") == "alibi":
             backbone, report = JinaBertModel.from_pretrained(name, config=JinaBertConfig.from_dict(config), **options)
         else:
             backbone, report = AutoModel.from_pretrained(name, **options)
     except Exception as error:  # a truncated safetensors file, no weights at all, an architecture nobody knows ...
-        raise OSError(f"model {name}: its weights do not open ({str(error).strip().splitlines()[0]})") from error
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(f"model {name}: its weights do not open ({reason})") from error
     wrong = {key for kind in ("missing_keys", "mismatched_keys") for key in report[kind] if "pooler." not in str(key)}
     if isinstance(backbone, JinaBertModel):
         wrong |= set(report["unexpected_keys"])
@@ -235,7 +240,7 @@ def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrain
                          f"them {min(map(str, wrong))}")
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler.requires_grad_(False)  # BERT's own pooler plays no part in mean pooling, and stays as it came
-    return PooledEncoder(backbone), tokenizer
+    return PooledEncoder(backbone).eval(), tokenizer
 
 
 def save(encoder: PooledEncoder, tokenizer: transformers.PreTrainedTokenizerBase, directory: str | Path) -> None:
@@ -258,7 +263,7 @@ def save(encoder: PooledEncoder, tokenizer: transformers.PreTrainedTokenizerBase
             "auto_map": {"AutoConfig": "model.JinaBertConfig", "AutoModel": "model.JinaBertModel"},
         }
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shutil.copyfile(__file__, directory / "model.py")
+        (directory / "model.py").write_bytes(Path(__file__).read_bytes())  # not copyfile: it may be this very file
     pooling = {"word_embedding_dimension": backbone.config.hidden_size, "pooling_mode_mean_tokens": True}
     (directory / "1_Pooling").mkdir(exist_ok=True)
     (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2) + "\n")

@@ -149,7 +149,7 @@ def slow_embedding(w, ids, slopes, act):
 
 
 @pytest.mark.parametrize("feed_forward, act", [("geglu", lambda a: a * (1 + torch.erf(a / 2**0.5)) / 2),
-                                               ("reglu", lambda a: a * (a > 0))])
+                                               ("reglu", lambda a: a * (a > 0))], ids=["geglu", "reglu"])
 def test_the_forward_pass_is_the_one_described(feed_forward, act):
     """3 heads: 2^-4 and 2^-8 are those of 2, and 2^-2 is the first of 4. The shorter text is padded in the model, not in
     the slow copy. fp64, where only the slopes are rounded to fp32."""

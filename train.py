@@ -25,7 +25,7 @@ import model
 
 
 VOCABULARY = 30522  # entries of a tokenizer trained here: BERT's number; JinaBERT rounds it up to 30,528 embeddings
-LR_RANDOM = 1e-3, "ours, for random weights"
+LR_RANDOM = 2e-3, "ours, for random weights"
 LR_PRETRAINED = 2e-5, "Nomic Embed's, for pretrained weights"
 
 
