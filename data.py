@@ -13,6 +13,7 @@ hashes of its texts). Batches are decided on the hashes, and a text is read only
 import gzip
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -76,10 +77,9 @@ def text_of(part: object, name: str) -> str:
         raise ValueError(f'field "{name}": found {json.dumps(part)[:40]}, expected text')
     if not part.strip():
         raise ValueError(f'field "{name}": the text is empty; fill it in or remove the line')
-    try:
-        return part.strip().encode().decode()
-    except UnicodeEncodeError:
-        raise ValueError(f'field "{name}": an escape gives half of a surrogate pair, which is no text; repair it') from None
+    if not part.isascii() and any("\ud800" <= letter <= "\udfff" for letter in part):
+        raise ValueError(f'field "{name}": an escape gives half of a surrogate pair, which is no text; repair it')
+    return part.strip()
 
 
 def records(value: object) -> list[Row]:
@@ -106,7 +106,7 @@ def records(value: object) -> list[Row]:
 
 
 def read_lines(path: Path, parse: Callable[[object], list] = records) -> Iterator[tuple[int, list]]:
-    """(byte offset, what `parse` makes of the JSON value) for each line of a .jsonl or .jsonl.gz file, empty lines left out.
+    """(byte offset, what `parse` makes of the JSON value) for each line of a .jsonl or .jsonl.gz file that is not empty.
     Raises ValueError naming file, line and field."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -117,11 +117,9 @@ def read_lines(path: Path, parse: Callable[[object], list] = records) -> Iterato
                 if line.strip():
                     yield offset, parse(json.loads(line.decode()))
                 offset += len(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {number}: byte {error.start} is not UTF-8; convert the file") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno}); one value a line") from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error}); write one value a line") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}, after line {number}: broken gzip file ({error})") from None
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from None
@@ -136,30 +134,30 @@ def read_rows(path: Path | str) -> Iterator[Row]:
 
 
 class Source:
-    """A file of pairs with a name and a sampling rate. Set by `load_sources`: `train`, ids of the rows to train on;
-    `usable`, pairs that an epoch can give at most when no text stands twice; `held_out`, rows to evaluate on."""
+    """A file of pairs with a name and a sampling rate. `load_sources` sets `train`, ids of the rows to train on; `usable`,
+    the pairs that an epoch can give at most when no text stands twice; `held_out`, the rows to evaluate on."""
 
-    def __init__(self, name: str, path: Path, rate: float, kind: str, cache: Path):
-        self.name, self.rate, self.kind, self.cache = name, rate, kind, cache
+    def __init__(self, name: str, path: Path, rate: float, kind: str, eval: Path | None, cache: Path):
+        self.name, self.path, self.rate, self.kind, self.eval, self.cache = name, path, rate, kind, eval, cache
         if not path.is_file():
             raise FileNotFoundError(f"source {name}: {path}: no such file")
-        stat = path.stat()
-        content = key(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")  # a changed file is a new one
-        done = cache / f"{path.name.removesuffix('.gz').removesuffix('.jsonl')}-{content:016x}"
+        stat = path.stat()  # a changed file is a new one
+        version = blake2b(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode(), digest_size=8).hexdigest()
+        done = cache / f"{path.name.split('.')[0]}-{version}"
         if not done.is_dir():
-            publish(done, lambda part: self._index(path, part))
-        self.path = done / "unpacked.jsonl" if path.suffix == ".gz" else path
+            publish(done, self._index)
         self.index, self.negative_keys = (
             np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
             for file, dtype in ((done / "rows", ROW), (done / "negatives", np.dtype("<u8"))))
         if not len(self.index):
             raise ValueError(f"source {name}: {path} holds no pair")
-        self.file, self.fingerprint = open(self.path, "rb"), content
+        self.file = open(done / "unpacked.jsonl" if path.suffix == ".gz" else path, "rb")
+        self.fingerprint = blake2b(self.index.view("u1"), digest_size=8).hexdigest()
 
-    def _index(self, path: Path, directory: Path) -> None:
+    def _index(self, directory: Path) -> None:
         first, block = 0, []
         with open(directory / "rows", "wb") as rows, open(directory / "negatives", "wb") as negatives:
-            for offset, line in read_lines(path):
+            for offset, line in read_lines(self.path):
                 for item, row in enumerate(line):
                     block.append((offset, item, len(row.negatives), first, key(row.query), key(row.positive)))
                     np.array([key(text) for text in row.negatives], "<u8").tofile(negatives)
@@ -168,15 +166,14 @@ class Source:
                     np.array(block, ROW).tofile(rows)
                     block = []
             np.array(block, ROW).tofile(rows)
-        if path.suffix == ".gz":
-            print(f"source {self.name}: unpacking {path} once, into {self.cache}", flush=True)
-            with gzip.open(path, "rb") as packed, open(directory / "unpacked.jsonl", "wb") as file:
+        if self.path.suffix == ".gz":
+            print(f"source {self.name}: unpacking {self.path} once, into {self.cache}", flush=True)
+            with gzip.open(self.path, "rb") as packed, open(directory / "unpacked.jsonl", "wb") as file:
                 shutil.copyfileobj(packed, file, 1 << 20)
 
     def read(self, row: int) -> Row:
-        offset, item = int(self.index["offset"][row]), int(self.index["item"][row])
-        self.file.seek(offset)
-        return records(json.loads(self.file.readline()))[item]._replace(id=int(row))
+        self.file.seek(int(self.index["offset"][row]))
+        return records(json.loads(self.file.readline()))[int(self.index["item"][row])]._replace(id=int(row))
 
     def line_number(self, row: int) -> int:
         self.file.seek(0)
@@ -198,28 +195,30 @@ def load_sources(manifest: Path | str) -> list[Source]:
         raise FileNotFoundError(f"{manifest}: no such manifest")
     try:
         entries = json.loads(manifest.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{manifest}: not JSON ({error})") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{manifest}: expected a list of sources, each an object with a name and a path")
     for number, entry in enumerate(entries, 1):
-        entry = {"path": entry.get("name"), "rate": entry.get("weight", 1), "kind": "retrieval", "eval": None} | entry
-        name, path, rate, kind, held_out = (entry.get(field) for field in ("name", "path", "rate", "kind", "eval"))
-        unknown = set(entry) - {"name", "path", "rate", "kind", "eval", "licence", "lines", "weight"}
-        for wrong, what in [
-                (unknown, f"unknown fields {sorted(unknown)}"),
-                (not isinstance(name, str) or name in [source.name for source in sources], f'"name" {name!r}: a text, once'),
-                (not isinstance(path, str), f'"path" {path!r}: expected a text'),
-                (type(rate) not in (int, float) or not 0 < rate < float("inf"), f'"rate" {rate!r}: expected a number above 0'),
-                (kind not in ("retrieval", "similarity"), f'"kind" {kind!r}: expected "retrieval" or "similarity"'),
-                (not isinstance(held_out, str | None), f'"eval" {held_out!r}: expected a path')]:
-            if wrong:
-                raise ValueError(f"{manifest}, source {number}: {what}")
-        sources.append(Source(name, manifest.parent / path, rate, kind, manifest.parent / ".cache" / "v1"))
-        sources[-1].eval = manifest.parent / held_out if held_out else None
+        defaults = {"name": None, "path": entry.get("name"), "rate": entry.get("weight", 1), "kind": "retrieval", "eval": None}
+        name, path, rate, kind, held_out = (entry.get(field, default) for field, default in defaults.items())
+        for unknown in set(entry) - {*defaults, "licence", "lines", "weight"}:
+            raise ValueError(f'{manifest}, source {number}: unknown field "{unknown}"; known are {", ".join(defaults)}, licence')
+        for field, found, good, expected in [
+                ("name", name, isinstance(name, str) and name not in [s.name for s in sources], "a text, each name once"),
+                ("path", path, isinstance(path, str), "a text"),
+                ("rate", rate, type(rate) in (int, float) and 0 < rate < float("inf"), "a number above 0"),
+                ("kind", kind, kind in ("retrieval", "similarity"), '"retrieval" or "similarity"'),
+                ("eval", held_out, held_out is None or isinstance(held_out, str), "a text")]:
+            if not good:
+                raise ValueError(f'{manifest}, source {number}: field "{field}": found {found!r}, expected {expected}')
+        sources.append(Source(name, manifest.parent / path, rate, kind, held_out and manifest.parent / held_out,
+                              manifest.parent / ".cache" / "v1"))
     for source in sources:
-        targets, first = np.unique(source.index["positive"], return_index=True)  # sorted hashes: a random order of targets
-        rows = read_rows(source.eval) if source.eval else map(source.read, first[: min(EVAL_TARGETS, len(targets) // 20)])
+        order = np.lexsort((source.index["query"], source.index["positive"]))  # by hash: at random, whatever the file's order
+        targets, first = np.unique(source.index["positive"][order], return_index=True)
+        chosen = order[first[: min(EVAL_TARGETS, len(targets) // 20)]]
+        rows = read_rows(source.eval) if source.eval else map(source.read, chosen)
         source.held_out = list({key(row.positive): row for row in rows}.values())
     held_out = {key(row.positive) for source in sources for row in source.held_out}
     for source in sources:
@@ -322,12 +321,12 @@ class SourceBatches:
     def state_dict(self) -> dict:
         """JSON-able: the step and, per source, epoch, cursor, the rows that wait, and how many there are in all."""
         return {"seed": self.seed, "batch_size": self.batch_size, "step": self.step,
-                "rows": {source.name: len(source.train) for source in self.sources}, "sources": {name: dict(state) for name, state in self.states.items()}}
+                "corpus": {source.name: f"{len(source.train)} rows, {source.fingerprint}" for source in self.sources}, "sources": {name: dict(state) for name, state in self.states.items()}}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on where `state` was taken. Raises ValueError when seed, batch size or sources are others."""
         for what, now in self.state_dict().items():
-            if what in ("seed", "batch_size", "rows") and state[what] != now:
+            if what in ("seed", "batch_size", "corpus") and state[what] != now:
                 raise ValueError(f"the checkpoint was made with another {what}: {state[what]}, now {now}")
         self.step, self.states = state["step"], {name: dict(saved) for name, saved in state["sources"].items()}
 

@@ -139,7 +139,7 @@ BAD_MANIFESTS = {
     "no list": (b'{"name": "a", "path": "a.jsonl"}', "expected a list"),
     "empty list": (b"[]", "expected a list"),
     "no objects": (b'["a.jsonl"]', "expected a list"),
-    "no name": (b'[{"path": "a.jsonl"}]', 'source 1: "name"'),
+    "no name": (b'[{"path": "a.jsonl"}]', 'source 1: field "name"'),
     "unknown field": (b'[{"name": "a", "path": "a.jsonl", "weigth": 2}]', 'source 1: unknown field "weigth"'),
     "name twice": (b'[{"name": "a", "path": "a.jsonl"}, {"name": "a", "path": "b.jsonl"}]', "source 2: "),
     "bad kind": (b'[{"name": "a", "path": "a.jsonl", "kind": "nli"}]', 'source 1: field "kind": found \'nli\''),
