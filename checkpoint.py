@@ -24,18 +24,22 @@ KEEP = 2  # the newest, and one more in case a disk lets the newest down
 
 
 def publish(directory: Path, write: Callable[[Path], None]) -> None:
-    """write(part) fills a folder, which takes its name only when every byte of it is on disk; an old one goes first."""
+    """write(part) fills a folder, which takes its name only when every byte of it is on disk; an old one goes first.
+    Raises OSError when it cannot be written: the libraries' own errors for a full disk are of no common class."""
     part = directory.with_name(f"{directory.name}.part-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)  # a killed process may have had the same number
+    part.mkdir(parents=True)
     try:
-        part.mkdir(parents=True)
         write(part)
         for path in [*part.rglob("*"), part]:
             sync(path)
         shutil.rmtree(directory, ignore_errors=True)
         os.rename(part, directory)
         sync(directory.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if type(error) is Exception or isinstance(error, SafetensorError):
+            raise OSError(f"{directory} cannot be written: {error}") from error
         raise
 
 
@@ -68,10 +72,15 @@ def complete(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("*") if path.name.isdigit())
 
 
+def numbered() -> list[str]:
+    """The names of the folders runs/NNN."""
+    return [path.name for path in Path("runs").glob("*") if path.name.isdigit()]
+
+
 def free_run(out: str | None) -> Path:
     """`out` if nothing is there, or without it the next free runs/NNN. Raises ValueError where a run would be written over."""
     if not out:
-        return Path("runs") / f"{max((int(path.name) for path in Path('runs').glob('[0-9]*')), default=0) + 1:03d}"
+        return Path("runs") / f"{max(map(int, numbered()), default=0) + 1:03d}"
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise ValueError(f"--out {out}: is not empty; --resume goes on with a run, another --out begins a new one")
     return Path(out)
@@ -86,10 +95,10 @@ class Checkpoint(NamedTuple):
 def newest(out: str | None) -> Checkpoint:
     """The newest checkpoint of the run `out`, or without it of the newest runs/NNN. Raises FileNotFoundError where there is
     none, ValueError where it is damaged: to go on from an older one is for the user to decide."""
-    run = Path(out) if out else max(Path("runs").glob("[0-9]*"), default=Path("runs"))
+    run = Path(out or Path("runs", max(numbered(), key=int, default="")))
     found = complete(run)
     if not found:
-        raise FileNotFoundError(f"--resume: {run} holds no complete checkpoint")
+        raise FileNotFoundError(f"--resume: {run} holds no complete checkpoint; begin anew, with another --out or none")
     path, advice = found[-1], "remove that folder to go on from the checkpoint before it"
     try:
         state = json.loads((path / "state.json").read_text())
@@ -133,7 +142,9 @@ class Metrics:
     def __init__(self, run: Path, first: int):
         self.path = run / "metrics.jsonl"
         run.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        if first == 1:
+            self.path.open("x").close()  # raises FileExistsError if another run has begun here in the meantime
+        lines = self.path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
         part = self.path.with_suffix(".part")
         part.write_text("".join(kept))

@@ -1,6 +1,6 @@
-"""Source-wise batches (§5.1): sources with sampling rates, batches from one source at a time, tokenised micro-batches.
+"""Source-wise batches (§5.1): sources with sampling rates, batches from one source at a time.
 
-    manifest -> load_sources -> [Source] -> SourceBatches -> Batch(source, rows) -> micro_batches -> [MicroBatch]
+    manifest -> load_sources -> [Source] -> SourceBatches -> Batch(source, rows)
 
 Paper: for every new batch one source is drawn at random by its sampling rate, and the batch is filled from that source
 alone; pairs inside a source are shuffled beforehand. Ours: all the rest, as the comments say. Nothing here knows about
@@ -20,10 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from tokenizers import BertWordPieceTokenizer
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import BertTokenizer
 
 from checkpoint import publish
@@ -56,19 +53,12 @@ class Batch(NamedTuple):
                 + [text for row in self.rows for text in row.negatives])
 
 
-class MicroBatch(NamedTuple):
-    index: Tensor  # (b,) which of the step's texts these are
-    input_ids: Tensor  # (b, T)
-    attention_mask: Tensor  # (b, T)
-
-
 def key(text: str) -> int:
     """8-byte hash of a text, blind to case and white space. Among 100 million texts, two collide with p = 3e-4."""
     return int.from_bytes(blake2b(" ".join(text.split()).casefold().encode(), digest_size=8).digest(), "little")
 
 
-# ---- lines: the layouts that public corpora come in ------------------------------------------------------------------
-
+# lines: the layouts that public corpora come in
 
 def text_of(part: object, name: str) -> str:
     if isinstance(part, dict) and isinstance(part.get("text"), str):  # a passage
@@ -130,8 +120,7 @@ def read_rows(path: Path | str) -> Iterator[Row]:
     return (row for _, rows in read_lines(Path(path)) for row in rows)
 
 
-# ---- sources ---------------------------------------------------------------------------------------------------------
-
+# sources
 
 class Source:
     """A file of pairs with a name and a sampling rate. `load_sources` sets `train`, ids of the rows to train on; `usable`,
@@ -155,17 +144,14 @@ class Source:
         self.fingerprint = blake2b(self.index.view("u1"), digest_size=8).hexdigest()
 
     def _index(self, directory: Path) -> None:
-        first, block = 0, []
+        first = 0
         with open(directory / "rows", "wb") as rows, open(directory / "negatives", "wb") as negatives:
             for offset, line in read_lines(self.path):
                 for item, row in enumerate(line):
-                    block.append((offset, item, len(row.negatives), first, key(row.query), key(row.positive)))
-                    np.array([key(text) for text in row.negatives], "<u8").tofile(negatives)
+                    values = offset, item, len(row.negatives), first, key(row.query), key(row.positive)
+                    rows.write(np.array(values, ROW).tobytes())
+                    negatives.write(np.array([key(text) for text in row.negatives], "<u8").tobytes())
                     first += len(row.negatives)
-                if len(block) >= 1 << 16:
-                    np.array(block, ROW).tofile(rows)
-                    block = []
-            np.array(block, ROW).tofile(rows)
         if self.path.suffix == ".gz":
             print(f"source {self.name}: unpacking {self.path} once, into {self.cache}", flush=True)
             with gzip.open(self.path, "rb") as packed, open(directory / "unpacked.jsonl", "wb") as file:
@@ -176,8 +162,8 @@ class Source:
         return records(json.loads(self.file.readline()))[int(self.index["item"][row])]._replace(id=int(row))
 
     def line_number(self, row: int) -> int:
-        self.file.seek(0)
-        return self.file.read(int(self.index["offset"][row])).count(b"\n") + 1
+        with open(self.file.name, "rb") as file:
+            return next(number for number, _ in enumerate(file, 1) if file.tell() > self.index["offset"][row])
 
 
 def load_sources(manifest: Path | str) -> list[Source]:
@@ -187,8 +173,9 @@ def load_sources(manifest: Path | str) -> list[Source]:
     "similarity" is for §5.2's random negatives), or sentence-transformers' data_config.json ({"name", "lines", "weight"}).
     Paths are relative to it. Indices and unpacked files go into `.cache` beside it.
 
-    Held out: min(1,000, 5 %) of a source's targets, by hash, or the targets of its `eval` file. What one source holds out
-    no source trains on. Raises OSError or ValueError, one line each.
+    Held out: min(1,000, 5 %) of a source's targets, by hash, or the targets of its `eval` file (of which 1,000 pairs are
+    evaluated). What one source holds out, no source trains on, neither as a target nor as a query.
+    Raises OSError or ValueError, one line each.
     """
     manifest, sources = Path(manifest), []
     if not manifest.is_file():
@@ -224,13 +211,13 @@ def load_sources(manifest: Path | str) -> list[Source]:
     for source in sources:
         source.held_out = list({key(row.query): row for row in source.held_out}.values())[:EVAL_TARGETS]
         source.held_out_keys = held_out
-        source.train = np.flatnonzero(~np.isin(source.index["positive"], np.array(list(held_out), "<u8")))
+        barred = [np.isin(source.index[side], np.array(list(held_out), "<u8")) for side in ("query", "positive")]
+        source.train = np.flatnonzero(~(barred[0] | barred[1]))
         source.usable = min(len(np.unique(source.index[side][source.train])) for side in ("query", "positive"))
     return sources
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
-
+# batches
 
 class SourceBatches:
     """Endless iterator of source-wise batches, the same global batches for every number of ranks.
@@ -240,8 +227,9 @@ class SourceBatches:
 
     Ours: no text stands twice in a global batch as a query, nor twice as a positive, and no positive among the negatives
     of another row: in equations (4) and (5) it would be a false negative. A row that collides waits for its source's next
-    batch. Everything drawn is drawn anew from (seed, source, epoch), so that the state is a cursor and the ids of the rows
-    that wait, and resuming replays nothing.
+    batch. Every draw has a seed of its own: the source of a batch (seed, step), the order of an epoch (seed, source, epoch),
+    a row's negatives (seed, source, epoch, row). So the state is a cursor and the ids of the rows that wait, and resuming
+    replays nothing.
     """
 
     def __init__(self, sources: list[Source], batch_size: int, seed: int, rank: int = 0, world_size: int = 1,
@@ -278,11 +266,11 @@ class SourceBatches:
             if len(picked) < self.batch_size:
                 raise ValueError(f"source {source.name}: a whole epoch gives {len(picked)} rows without a text twice, but "
                                  f"--batch-size {self.batch_size}; lower it")
-        rows = [(source.read(row), places) for row, places in picked[self.own]]
-        return Batch(source.name, [row._replace(negatives=[row.negatives[j] for j in places]) for row, places in rows], dropped)
+        rows = [(source.read(row), chosen) for row, chosen in picked[self.own]]
+        return Batch(source.name, [row._replace(negatives=[row.negatives[j] for j in chosen]) for row, chosen in rows], dropped)
 
     def _fill(self, source: Source, state: dict) -> list[tuple[int, list[int]]]:
-        """Takes (row, places of its negatives) for a batch: those that wait first, then on from the cursor."""
+        """Takes (row, which of its negatives) for a batch: those that wait first, then on from the cursor."""
         if self.orders.get(source.name, (None,))[0] != state["epoch"]:
             rng = np.random.default_rng([self.seed, key(source.name), state["epoch"]])
             self.orders[source.name] = state["epoch"], rng.permutation(source.train)
@@ -290,16 +278,17 @@ class SourceBatches:
         picked, waiting, queries, positives, negatives = [], [], set(), set(), set()
         block = np.array(state["waiting"], int)
         while True:
-            for row, query, positive in zip(block.tolist(), *(source.index[side][block].tolist() for side in ("query", "positive"))):
-                places, own = self._negatives(source, row, positive, state["epoch"])
+            texts = (source.index[side][block].tolist() for side in ("query", "positive"))
+            for row, query, positive in zip(block.tolist(), *texts):
+                chosen, keys = self._negatives(source, row, positive, state["epoch"])
                 if (len(picked) == self.batch_size or query in queries or positive in positives or positive in negatives
-                        or not own.isdisjoint(positives) or len(places) < (self.negatives or 0)):
+                        or not keys.isdisjoint(positives) or len(chosen) < (self.negatives or 0)):
                     waiting.append(row)
                     continue
-                picked.append((row, places))
+                picked.append((row, chosen))
                 queries.add(query)
                 positives.add(positive)
-                negatives |= own
+                negatives |= keys
             block = order[state["cursor"] : state["cursor"] + self.batch_size - len(picked)]
             if not len(block):
                 state["waiting"] = waiting
@@ -312,49 +301,27 @@ class SourceBatches:
             return [], set()
         first, count = int(source.index["first_negative"][row]), int(source.index["negatives"][row])
         keys = source.negative_keys[first : first + count].tolist()
-        places = [j for j, k in enumerate(keys) if k != positive and k not in source.held_out_keys]
-        if self.negatives is not None and len(places) > self.negatives:
+        chosen = [j for j, k in enumerate(keys) if k != positive and k not in source.held_out_keys]
+        if self.negatives is not None and len(chosen) > self.negatives:
             rng = np.random.default_rng([self.seed, key(source.name), epoch, row])
-            places = sorted(rng.choice(places, self.negatives, replace=False).tolist())
-        return places, {keys[j] for j in places}
+            chosen = sorted(rng.choice(chosen, self.negatives, replace=False).tolist())
+        return chosen, {keys[j] for j in chosen}
 
     def state_dict(self) -> dict:
-        """JSON-able: the step and, per source, epoch, cursor, the rows that wait, and how many there are in all."""
-        return {"seed": self.seed, "batch_size": self.batch_size, "step": self.step,
-                "corpus": {source.name: f"{len(source.train)} rows, {source.fingerprint}" for source in self.sources}, "sources": {name: dict(state) for name, state in self.states.items()}}
+        """JSON-able: the step and, per source, epoch, cursor and the rows that wait; and what must be the same to go on."""
+        corpus = {source.name: [len(source.train), source.fingerprint, source.rate] for source in self.sources}
+        return {"seed": self.seed, "batch_size": self.batch_size, "negatives": self.negatives, "corpus": corpus,
+                "step": self.step, "sources": {name: dict(state) for name, state in self.states.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state` was taken. Raises ValueError when seed, batch size or sources are others."""
+        """Goes on where `state` was taken. Raises ValueError when it was taken of other batches."""
         for what, now in self.state_dict().items():
-            if what in ("seed", "batch_size", "corpus") and state[what] != now:
+            if what not in ("step", "sources") and state[what] != now:
                 raise ValueError(f"the checkpoint was made with another {what}: {state[what]}, now {now}")
         self.step, self.states = state["step"], {name: dict(saved) for name, saved in state["sources"].items()}
 
 
-# ---- tokens ----------------------------------------------------------------------------------------------------------
-
-
-def micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: int) -> list[MicroBatch]:
-    """Cuts a step's texts into micro-batches of at most `micro_tokens` tokens, padding included; all in one if that fits.
-
-    Ours: sorted by length (their order is free), the longest first so that memory peaks at once, and cut early where
-    more than 1/20 of a micro-batch would be padding. A single text may exceed the bound.
-    """
-    ids = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
-    lengths = [len(x) for x in ids]
-    everything_fits = len(ids) * max(lengths) <= micro_tokens
-    chunks, width, tokens = [], 0, 0
-    for i in sorted(range(len(ids)), key=lambda i: -lengths[i]):
-        size = width * (len(chunks[-1]) + 1) if chunks else 0
-        if not chunks or not everything_fits and (size > micro_tokens or tokens + lengths[i] < 0.95 * size):
-            chunks.append([])
-            width, tokens = lengths[i], 0
-        chunks[-1].append(i)
-        tokens += lengths[i]
-    return [MicroBatch(torch.tensor(chunk),
-                       pad_sequence([torch.tensor(ids[i]) for i in chunk], True, tokenizer.pad_token_id),
-                       pad_sequence([torch.ones(lengths[i], dtype=torch.long) for i in chunk], True)) for chunk in chunks]
-
+# tokens
 
 def train_tokenizer(sources: list[Source], vocab_size: int) -> BertTokenizer:
     """A lower-case WordPiece tokenizer for these sources, trained on rows that are trained on, once, and kept beside them

@@ -2,7 +2,7 @@
 
     texts -> tokenizer -> JinaBertModel -> hidden (B, T, D) -> mean_pool -> one vector per text (B, D)
 
-Axis letters: B texts, T tokens, D width, H heads. Nothing here knows about losses, data, devices or ranks. The file is
+Axis letters: B texts, T tokens, D width, H heads. Nothing here knows about losses, data or ranks. The file is
 self-contained: `save` puts a copy of it beside the weights, so that other tools can open them with
 `trust_remote_code=True`. Parameter names and config fields are those of the published checkpoints.
 """
@@ -205,7 +205,7 @@ def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrain
     """Opens a directory or a hub name: JinaBERT without remote code, or any encoder that AutoModel opens; fp32 weights.
 
     Raises OSError where there is no model, ValueError where weights are missing or unknown: transformers would go on
-    with random ones and a report.
+    with random ones and a report. Its messages and bars are silenced for the rest of the process.
     """
     name = str(name_or_path)
     transformers.utils.logging.disable_progress_bar()
@@ -222,6 +222,9 @@ def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrain
         raise OSError(f"model {name}: no config.json there")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up without a file
         raise OSError(f"model {name}: no tokenizer there")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"model {name}: its tokenizer has no padding token")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.get("max_position_embeddings", 1 << 30))
     # fp32: the published files are in half precision. Mismatched sizes: else an error that names no weight.
     options = dict(dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False)
     try:
@@ -253,6 +256,7 @@ def save(encoder: PooledEncoder, tokenizer: transformers.PreTrainedTokenizerBase
     directory, backbone = Path(directory), encoder.backbone
     transformers.utils.logging.disable_progress_bar()
     backbone.save_pretrained(directory)
+    tokenizer.backend_tokenizer.no_truncation()  # else tokenizer.json would cut everybody's texts at the last --max-length
     tokenizer.save_pretrained(directory)
     if isinstance(backbone, JinaBertModel):
         # Text Embeddings Inference picks the architecture by `_name_or_path`; transformers 5 drops that field, writes

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import checkpoint
 
@@ -60,6 +61,23 @@ def test_a_write_that_fails_leaves_the_last_one_and_no_trace(tmp_path):
     assert os.listdir(tmp_path / "checkpoints") == ["00000001"]
 
 
+@pytest.mark.parametrize("error", [Exception("No space left on device (os error 28)"), SafetensorError("I/O error")])
+def test_the_libraries_errors_of_a_full_disk_become_one_oserror(tmp_path, error):
+    """tokenizers raises a bare Exception, safetensors one of its own."""
+    def write(part):
+        raise error
+
+    with pytest.raises(OSError, match="cannot be written: (No space|I/O)"):
+        checkpoint.publish(tmp_path / "new", write)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_process_with_the_same_number_left_is_in_nobody_s_way(tmp_path):
+    (tmp_path / f"new.part-{os.getpid()}").mkdir()
+    checkpoint.publish(tmp_path / "new", lambda part: (part / "file").write_text("x"))
+    assert os.listdir(tmp_path / "new") == ["file"]
+
+
 def test_what_a_killed_process_left_half_written_is_no_checkpoint_and_goes_with_the_next(tmp_path):
     layer, optimizer = trained()
     save(tmp_path, 1, layer, optimizer)
@@ -86,10 +104,11 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, damage, said):
 def test_runs_are_numbered_and_the_newest_is_resumed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(checkpoint.free_run(None)) == "runs/001"
-    for name in ("runs/001", "runs/009"):
+    (tmp_path / "runs" / "001-good").mkdir(parents=True)
+    for name in ("runs/001", "runs/009", "runs/1000"):
         save(tmp_path / name, 1, *trained())
-    assert str(checkpoint.free_run(None)) == "runs/010"
-    assert str(checkpoint.newest(None).run) == "runs/009"
+    assert str(checkpoint.free_run(None)) == "runs/1001"
+    assert str(checkpoint.newest(None).run) == "runs/1000"
 
 
 def test_an_explicit_folder_must_be_new_or_empty(tmp_path):
@@ -102,6 +121,8 @@ def test_an_explicit_folder_must_be_new_or_empty(tmp_path):
 
 def test_metrics_from_the_first_step_to_come_are_cut_off(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
+    with pytest.raises(FileExistsError):
+        checkpoint.Metrics(tmp_path, first=1)
     log = checkpoint.Metrics(tmp_path, first=2)
     log(step=2, evaluation={"x": 1})
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [

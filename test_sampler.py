@@ -17,6 +17,7 @@ import pytest
 from transformers import BertTokenizer
 
 import data
+import memory
 
 
 def pairs(name, n):
@@ -55,11 +56,10 @@ def refusal(call, *args, **keywords):
 
 # ---- lines -----------------------------------------------------------------------------------------------------------
 
-PASSAGES = [{"title": "T", "text": "p"}, {"title": "", "text": "p2"}, {"title": None, "text": "p3"}, {"text": "p4", "docid": "7"}]
+PASSAGES = [{"title": "T", "text": "p"}, {"title": "", "text": "p2"}, {"title": None, "text": "p3"}, {"text": "p4"}]
 FORMATS = {
     "pair": (["q", "p"], [("q", "p", [])]),
     "triplet": (["q", "p", "n"], [("q", "p", ["n"])]),
-    "more negatives": (["q", "p", "n", "m"], [("q", "p", ["n", "m"])]),
     "pos and neg": ({"query": "q", "pos": ["p", "r"], "neg": ["n", "m"]}, [("q", "p", ["n", "m"]), ("q", "r", ["n", "m"])]),
     "set": ({"set": ["s", "t", "u"]}, [("s", "t", []), ("s", "u", [])]),
     "ours": ({"query": "q", "positive": "p", "negatives": ["n", "m"]}, [("q", "p", ["n", "m"])]),
@@ -69,10 +69,8 @@ FORMATS = {
                  [("q", p, ["T p", "p2"]) for p in ("T p", "p2", "p3", "p4")]),
     "DPR": ({"dataset": "nq", "question": "q", "answers": ["x"], "positive_ctxs": PASSAGES[:1], "negative_ctxs": [],
              "hard_negative_ctxs": PASSAGES[1:3]}, [("q", "T p", ["p2", "p3"])]),
-    "SNLI entailment": ({"sentence1": "q", "sentence2": "p", "gold_label": "entailment"}, [("q", "p", [])]),
-    "SNLI neutral": ({"sentence1": "q", "sentence2": "p", "gold_label": "neutral"}, []),
-    "SNLI contradiction": ({"sentence1": "q", "sentence2": "p", "gold_label": "contradiction"}, []),
-    "SNLI undecided": ({"sentence1": "q", "sentence2": "p", "gold_label": "-"}, []),
+    **{f"SNLI, {label}": ({"sentence1": "q", "sentence2": "p", "gold_label": label}, [("q", "p", [])] * (label == "entailment"))
+       for label in ("entailment", "neutral", "contradiction", "-")},
 }
 
 
@@ -90,7 +88,7 @@ def test_the_data_config_of_sentence_transformers_is_a_manifest(tmp_path):
     write(tmp_path / "a.jsonl.gz", pairs("a", 3)), write(tmp_path / "b.jsonl", pairs("b", 2))
     config = b'[{"name": "a.jsonl.gz", "lines": 3, "weight": 30}, {"name": "b.jsonl", "lines": 2, "weight": 12}]'
     sources = data.load_sources(write(tmp_path / "data_config.json", config))
-    assert [(s.name, s.rate, s.kind, s.usable) for s in sources] == [("a.jsonl.gz", 30, "retrieval", 3), ("b.jsonl", 12, "retrieval", 2)]
+    assert [(source.name, source.rate, source.usable) for source in sources] == [("a.jsonl.gz", 30, 3), ("b.jsonl", 12, 2)]
 
 
 BAD_LINES = {
@@ -135,25 +133,21 @@ def test_a_broken_gzip_file_is_refused_by_name_and_leaves_nothing_behind(tmp_pat
 
 BAD_MANIFESTS = {
     "no JSON": (b'[{"name": "a"', "not JSON"),
-    "no UTF-8": (b'["\xff"]', "m.json"),
-    "no list": (b'{"name": "a", "path": "a.jsonl"}', "expected a list"),
-    "empty list": (b"[]", "expected a list"),
-    "no objects": (b'["a.jsonl"]', "expected a list"),
-    "no name": (b'[{"path": "a.jsonl"}]', 'source 1: field "name"'),
-    "unknown field": (b'[{"name": "a", "path": "a.jsonl", "weigth": 2}]', 'source 1: unknown field "weigth"'),
-    "name twice": (b'[{"name": "a", "path": "a.jsonl"}, {"name": "a", "path": "b.jsonl"}]', "source 2: "),
-    "bad kind": (b'[{"name": "a", "path": "a.jsonl", "kind": "nli"}]', 'source 1: field "kind": found \'nli\''),
-    "bad eval": (b'[{"name": "a", "path": "a.jsonl", "eval": 5}]', 'source 1: '),
+    "no UTF-8": (b'["\xff"]', "not JSON"),
+    **{f"is {raw}": (raw.encode(), "expected a list") for raw in ('{"name": "a"}', "[]", '["a.jsonl"]')},
+    **{f"with {field}": (b'[{"name": "b"}, {"name": "a", "path": "a.jsonl", %s}]' % field.encode(), f"source 2: {why}")
+       for field, why in [('"name": null', 'field "name": found None'), ('"name": "b"', "field \"name\": found 'b'"),
+                          ('"path": 5', 'field "path": found 5'), ('"weigth": 2', 'unknown field "weigth"'),
+                          ('"kind": "nli"', "field \"kind\": found 'nli'"), ('"eval": 5', 'field "eval": found 5'),
+                          *((f'"rate": {rate}', 'field "rate": found ') for rate in ("0", "-1", '"1"', "true", "null", "NaN", "Infinity"))]},
     "no such file": (b'[{"name": "a", "path": "c.jsonl"}]', "source a: "),
-    "no such eval file": (b'[{"name": "a", "path": "a.jsonl", "eval": "c.jsonl"}]', "c.jsonl: no such file"),
-    **{f"rate {rate}": (b'[{"name": "a", "path": "a.jsonl", "rate": %s}]' % rate.encode(), 'source 1: field "rate": found ')
-       for rate in ("0", "-1", '"1"', "true", "null", "NaN", "Infinity")},
+    "no such eval file": (b'[{"name": "b", "eval": "c.jsonl"}]', "c.jsonl: no such file"),
 }
 
 
 @pytest.mark.parametrize("raw, why", BAD_MANIFESTS.values(), ids=BAD_MANIFESTS)
 def test_a_bad_manifest_is_refused_by_file_source_and_field(tmp_path, raw, why):
-    write(tmp_path / "a.jsonl", pairs("a", 3)), write(tmp_path / "b.jsonl", pairs("b", 3))
+    write(tmp_path / "a.jsonl", pairs("a", 3)), write(tmp_path / "b", pairs("b", 3))
     message = refusal(data.load_sources, write(tmp_path / "m.json", raw))
     assert why in message and str(tmp_path) in message
 
@@ -209,7 +203,7 @@ def test_a_batch_is_of_one_source_and_an_epoch_gives_every_row_once(tmp_path):
     batches = data.SourceBatches(corpus(tmp_path, a=pairs("a", 11), b=pairs("b", 4)), 4, seed=0)
     taken, dropped = {"a": [], "b": []}, {"a": [], "b": []}
     for batch in (next(batches) for _ in range(60)):
-        assert {row.query[0] for row in batch.rows} == {batch.source} and all(row.positive == row.query + "+" for row in batch.rows)
+        assert all(row.query[0] == batch.source and row.positive == row.query + "+" for row in batch.rows)
         taken[batch.source].append([row.query for row in batch.rows])
         dropped[batch.source].append(batch.dropped)
     assert dropped["a"][:7] == [0, 0, 3, 0, 3, 0, 3] and not any(dropped["b"])
@@ -333,6 +327,17 @@ def test_held_out_are_five_percent_of_the_targets_and_no_source_trains_on_them(t
         assert len(trained_on(source)) == source.usable and not held_out & set(map(normal, trained_on(source)))
 
 
+def test_a_held_out_target_is_no_query_in_training_either(tmp_path):
+    """Equation (4) is symmetric: to train on (b, a) is to train on the held-out (a, b). 40 targets, 2 held out, so 2 of the
+    reversed rows go as well: 40 + 40 - 2 - 2 = 76 stay."""
+    there = [[f"q{i}", f"t{i}"] for i in range(40)]
+    write(tmp_path / "other.jsonl", [["x", "y"]])
+    a, b = corpus(tmp_path, {"b": {"eval": "other.jsonl"}}, a=there, b=[pair[::-1] for pair in there])
+    held = {row.positive for row in a.held_out}
+    assert len(held) == 2 and len(a.train) + len(b.train) == 76
+    assert held.isdisjoint(b.read(i).query for i in b.train)
+
+
 def test_the_hold_out_does_not_depend_on_the_order_of_lines(tmp_path):
     """100 targets of 3 queries each: 300 lines, shuffled."""
     lines = [[f"q{i}", f"t{i % 100}"] for i in range(300)]
@@ -346,7 +351,8 @@ def test_the_hold_out_does_not_depend_on_the_order_of_lines(tmp_path):
 def test_an_eval_file_is_the_hold_out_of_its_source(tmp_path):
     """It has a3+ in another spelling: a loses 1 of 30 rows (and no 30 // 20 of its own); b, which has a3+ twice, loses 2."""
     write(tmp_path / "eval.jsonl.gz", [["who?", " A3+"], ["what?", "of nobody"]])
-    a, b = corpus(tmp_path, {"a": {"eval": "eval.jsonl.gz"}}, a=pairs("a", 30), b=pairs("b", 6) + [["x", "a3+"], ["y", "A3+ "]])
+    again = [["x", "a3+"], ["y", "A3+ "]]
+    a, b = corpus(tmp_path, {"a": {"eval": "eval.jsonl.gz"}}, a=pairs("a", 30), b=pairs("b", 6) + again)
     assert [row[:2] for row in a.held_out] == [("who?", "A3+"), ("what?", "of nobody")]
     assert sorted(trained_on(a)) == sorted(f"a{i}+" for i in range(30) if i != 3)
     assert sorted(trained_on(b)) == [f"b{i}+" for i in range(6)]
@@ -356,9 +362,9 @@ def test_an_eval_file_is_the_hold_out_of_its_source(tmp_path):
 
 
 def test_a_run_goes_on_from_any_step_as_if_it_had_not_stopped(tmp_path):
-    """a: 14 rows over 7 queries, batches of 3: rows wait, and 30 steps are several epochs. Stopped after every step k, through
+    """14 rows over 7 queries a source, batches of 3: rows wait, and 30 steps are several epochs. Stopped after every step k, through
     JSON, it goes on in one process or as the second of three ranks. A state once taken stays what it was."""
-    sources = corpus(tmp_path, a=[[f"a{i % 7}", f"a{i}+", *"klmn"] for i in range(14)], b=[[*row, *"klmn"] for row in pairs("b", 5)])
+    sources = corpus(tmp_path, **{x: [[f"{x}{i % 7}", f"{x}{i}+", *"klmn"] for i in range(14)] for x in "ab"})
     batches, states, seen = data.SourceBatches(sources, 3, 3, negatives=2), [], []
     for _ in range(30):
         states.append((batches.state_dict(), json.dumps(batches.state_dict())))
@@ -379,12 +385,14 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     state = data.SourceBatches(sources, 2, seed=0).state_dict()
     for call in (lambda: data.SourceBatches(sources, 3, seed=0), lambda: data.SourceBatches(sources, 2, seed=1),
                  lambda: data.SourceBatches(sources[:1], 2, seed=0),
+                 lambda: data.SourceBatches(sources, 2, seed=0, negatives=0),
+                 lambda: data.SourceBatches(corpus(tmp_path, {"a": {"rate": 3}}, a=pairs("a", 6), b=pairs("b", 6)), 2, seed=0),
                  lambda: data.SourceBatches(corpus(tmp_path / "2", a=pairs("a", 7), b=pairs("b", 6)), 2, seed=0)):
         assert "another" in refusal(call().load_state_dict, state)
 
 
 def test_a_state_of_another_corpus_of_the_same_size_is_refused(tmp_path):
-    """Row 3 that waits is another text there: going on would neither repeat nor continue the run."""
+    """The cursor and the numbers of the rows that wait mean nothing there: going on would neither repeat nor continue."""
     state = data.SourceBatches(corpus(tmp_path, a=pairs("a", 6)), 2, seed=0).state_dict()
     other = data.SourceBatches(corpus(tmp_path / "2", a=pairs("b", 6)), 2, seed=0)
     assert "another" in refusal(other.load_state_dict, state)
@@ -449,19 +457,19 @@ def test_micro_batches_by_hand(tokenizer):
     """w: 3 tokens with [CLS] and [SEP]; w v w: 5; six w: 8, cut to 5, the last of them [SEP]. Together 3 x 5 = 15 tokens: one
     micro-batch, longest first, equals in order. Of 14 the third does not fit. A bound of 1 still gives each text alone."""
     texts = ["w", "w v w", "w w w w w w"]
-    whole, = data.micro_batches(tokenizer, texts, max_length=5, micro_tokens=15)
+    whole, = memory.micro_batches(tokenizer, texts, max_length=5, micro_tokens=15)
     assert whole.index.tolist() == [1, 2, 0]
     assert whole.input_ids.tolist() == [[2, 5, 6, 5, 3], [2, 5, 5, 5, 3], [2, 5, 3, 0, 0]]
     assert whole.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert [m.index.tolist() for m in data.micro_batches(tokenizer, texts, max_length=5, micro_tokens=14)] == [[1, 2], [0]]
-    assert [m.index.tolist() for m in data.micro_batches(tokenizer, texts, max_length=5, micro_tokens=1)] == [[1], [2], [0]]
+    assert [m.index.tolist() for m in memory.micro_batches(tokenizer, texts, max_length=5, micro_tokens=14)] == [[1, 2], [0]]
+    assert [m.index.tolist() for m in memory.micro_batches(tokenizer, texts, max_length=5, micro_tokens=1)] == [[1], [2], [0]]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_micro_batches_hold_every_text_once_within_the_bound_with_little_padding(tokenizer, seed):
     """600 texts of 1 to 120 words (+ 2 tokens), cut at 100: about 33,000 tokens, at most 1,024 at a time."""
     words = np.random.default_rng(seed).integers(1, 121, size=600)
-    parts = data.micro_batches(tokenizer, [" ".join(["w"] * n) for n in words], max_length=100, micro_tokens=1024)
+    parts = memory.micro_batches(tokenizer, [" ".join(["w"] * n) for n in words], max_length=100, micro_tokens=1024)
     assert sorted(i for part in parts for i in part.index.tolist()) == list(range(600))
     widths = [part.input_ids.shape[1] for part in parts]
     assert widths == sorted(widths, reverse=True) and widths[0] == 100

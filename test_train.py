@@ -75,6 +75,15 @@ def test_a_run_writes_metrics_checkpoints_and_a_model_that_opens(folder, capsys)
     assert "trust_remote_code=True" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_two_runs_that_begin_at_once_do_not_share_a_folder(folder, monkeypatch, capsys):
+    """The other run's first file appears after this one has chosen the same free number."""
+    Path("runs/001").mkdir(parents=True)
+    monkeypatch.setattr(train.checkpoint, "free_run", lambda out: Path("runs/001"))
+    Path("runs/001/metrics.jsonl").write_text("the other's")
+    assert "metrics.jsonl" in refused(capsys, *FLAGS, "--steps", "2")
+    assert Path("runs/001/metrics.jsonl").read_text() == "the other's"
+
+
 def test_the_same_command_gives_the_same_weights_in_the_next_free_folder(folder):
     train.main([*FLAGS, "--steps", "2"])
     train.main([*FLAGS, "--steps", "2"])
@@ -83,7 +92,7 @@ def test_the_same_command_gives_the_same_weights_in_the_next_free_folder(folder)
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])
-def test_a_run_stopped_and_resumed_ends_in_bit_identical_weights(folder, stage):
+def test_a_run_stopped_and_resumed_ends_in_bit_identical_weights(folder, monkeypatch, stage):
     """Dropout 0.1, fp32, CPU: 6 steps at once, against 2 steps, a SIGTERM, and 4 more by `--resume` alone."""
     flags = [*FLAGS, "--steps", "6", "--stage", stage, "--negatives", "2"]
     train.main([*flags, "--out", "whole"])
@@ -93,9 +102,9 @@ def test_a_run_stopped_and_resumed_ends_in_bit_identical_weights(folder, stage):
             super().__init__()
             os.kill(os.getpid(), signal.SIGTERM)  # arrives before step 1 is over
 
-    original, train.checkpoint.StopSignal = train.checkpoint.StopSignal, Stopped
-    train.main([*flags, "--out", "parts"])
-    train.checkpoint.StopSignal = original
+    with monkeypatch.context() as patch:
+        patch.setattr(train.checkpoint, "StopSignal", Stopped)
+        train.main([*flags, "--out", "parts"])
     assert not Path("parts/model").exists() and os.listdir("parts/checkpoints") == ["00000001"]
     train.main(["--resume", "--out", "parts"])
     whole, parts = weights("whole"), weights("parts")
@@ -145,13 +154,12 @@ def test_a_plain_bert_trains_and_opens_without_a_flag(folder, capsys):
     assert type(model.load("run/model")[0].backbone) is transformers.BertModel
 
 
-def test_a_loss_that_is_not_finite_names_step_and_source_and_keeps_the_checkpoint(folder):
+def test_a_loss_that_is_not_finite_names_step_and_source_and_keeps_the_checkpoint(folder, monkeypatch):
     train.main([*FLAGS, "--steps", "2", "--out", "run"])
     before = weights("run/checkpoints/00000002")
-    original, train.losses.pair_loss = train.losses.pair_loss, lambda q, p, tau: (q - p).sum() * float("nan")
+    monkeypatch.setattr(train.losses, "pair_loss", lambda q, p, tau: (q - p).sum() * float("nan"))
     with pytest.raises(SystemExit) as stop:
         train.main(["--resume", "--out", "run", "--steps", "4"])
-    train.losses.pair_loss = original
     assert "step 3, source " in stop.value.code and "loss nan" in stop.value.code
     assert os.listdir("run/checkpoints") == ["00000002"]
     assert all(torch.equal(before[name], after) for name, after in weights("run/checkpoints/00000002").items())
@@ -164,7 +172,12 @@ def test_a_loss_that_is_not_finite_names_step_and_source_and_keeps_the_checkpoin
     (["--batch-size", "0"], "--batch-size 0: expected a number above 0"),
     (["--tau", "-1"], "--tau -1.0: expected"),
     (["--micro-tokens", "64"], "--micro-tokens 64 is less than one text of --max-length 128"),
-    (["--max-length", "9000", "--micro-tokens", "9000"], "--max-length 9000: small takes at most 8192 tokens"),
+    (["--max-length", "9000", "--micro-tokens", "9000"], "--max-length 9000: expected 3 to 8192 tokens"),
+    (["--max-length", "2"], "--max-length 2: expected 3 to"),
+    (["--lr", "0"], "--lr 0.0: expected a number above 0"),
+    (["--eval-every", "-1"], "--eval-every -1: expected a number above 0"),
+    (["--seed", "-1"], "--seed -1: expected 0 or more"),
+    (["--stage", "3", "--sources", ""], "--stage 3: the default sources have no negatives"),
     (["--stage", "3"], "left.jsonl, line 1: 3 negatives, but --negatives 15"),
     (["--resume"], "--resume: runs holds no complete checkpoint"),
     (["--resume", "--out", "none"], "--resume: none holds no complete checkpoint"),
@@ -183,15 +196,25 @@ def test_a_finished_run_is_neither_written_over_nor_resumed(folder, capsys):
     assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
 
 
-def test_resume_with_another_seed_or_changed_sources_is_refused(folder, capsys):
+def test_resume_with_other_flags_or_a_damaged_checkpoint_is_refused(folder, capsys):
     train.main([*FLAGS, "--steps", "2", "--out", "run"])
-    assert "another seed: 0, now 1" in refused(capsys, "--resume", "--out", "run", "--steps", "4", "--seed", "1")
+    resume = "--resume", "--out", "run", "--steps", "4"
+    assert "another seed: 0, now 1" in refused(capsys, *resume, "--seed", "1")
+    assert "another --model or --stage" in refused(capsys, *resume, "--stage", "3", "--negatives", "2")
+    os.truncate("run/checkpoints/00000002/optimizer.safetensors", 100)
+    assert "optimizer.safetensors: truncated, 100 of " in refused(capsys, *resume)
+    os.rename("run/checkpoints", "run/elsewhere")
+    assert "holds no complete checkpoint" in refused(capsys, *resume)
+
+
+def test_resume_with_changed_sources_is_refused(folder, capsys):
+    train.main([*FLAGS, "--steps", "2", "--out", "run"])
     with open("left.jsonl", "a") as file:
         file.write('["one more", "row"]\n')
-    assert "another rows: " in refused(capsys, "--resume", "--out", "run", "--steps", "4")
+    assert "another corpus: " in refused(capsys, "--resume", "--out", "run", "--steps", "4")
 
 
 def test_as_a_command_bad_input_has_status_2_and_no_traceback(folder):
     """What the other tests call in the process, once from outside."""
     found = subprocess.run([sys.executable, HERE / "train.py", "--sources", "none.json"], capture_output=True, text=True)
-    assert (found.returncode, found.stderr) == (2, "train.py: none.json: no such manifest\n")
+    assert found.returncode == 2 and found.stderr.endswith("none.json: no such manifest\n") and found.stderr.count("\n") == 1

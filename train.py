@@ -36,7 +36,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpo
     add("--tau", type=float, default=0.05, help="temperature (the paper's)")
     add = parser.add_argument_group("data.py (§5.1)").add_argument
     add("--sources", metavar="MANIFEST", help="JSON list of sources; unset: the installed packages' documentation")
-    add("--batch-size", type=int, default=4096, help="rows of the global batch (ours; v1 8,192, jina-clip-v1 32,768)")
+    add("--batch-size", type=int, default=4096, help="rows of the global batch (ours; jina-clip-v1 begins with 32,768)")
     add("--negatives", type=int, default=15, help="negatives per row in stage 3 (the paper's)")
     add("--max-length", type=int, default=128, help="tokens per text in training (ours)")
     add = parser.add_argument_group("model.py (§5)").add_argument
@@ -50,8 +50,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpo
     add("--steps", type=int, default=40, help="optimizer steps (ours: minutes on two CPU cores with bf16 matrix units)")
     add("--lr", type=float, help=f"peak learning rate; unset: {LR_RANDOM[0]} ({LR_RANDOM[1]}), {LR_PRETRAINED[0]} "
                                  f"({LR_PRETRAINED[1]})")
-    add("--warmup", type=float, default=0.1, help="share of the steps before the rate falls linearly to 0 (ours)")
-    add("--weight-decay", type=float, default=0.01, help="AdamW's (Nomic Embed's)")
+    add("--warmup", type=float, default=0.1, help="share of the steps over which the rate rises; then it falls to 0, both linearly (ours)")
+    add("--weight-decay", type=float, default=0.01, help="AdamW's, on all parameters (Nomic Embed's)")
     add("--clip", type=float, default=1.0, help="bound on the gradient norm (Nomic Embed's)")
     add("--seed", type=int, default=0, help="of weights, batches and dropout")
     add("--out", metavar="DIR", help="unset: the next free runs/NNN")
@@ -65,21 +65,30 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpo
         parser.set_defaults(**resumed.state["args"])
         args = parser.parse_args(argv)
         if resumed.state["step"] >= args.steps and (resumed.run / "model").is_dir():
-            raise ValueError(f"--resume: {resumed.run} is finished with {resumed.state['step']} steps; --steps can raise that")
-    for flag in ("batch_size", "max_length", "micro_tokens", "steps", "save_every", "negatives", "tau", "clip"):
-        if not getattr(args, flag) > 0:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a number above 0")
+            raise ValueError(f"--resume: {resumed.run} is finished with {resumed.state['step']} steps; a higher --steps goes on "
+                             f"from there, with the learning rate of the longer schedule")
+        if (args.model, args.stage) != (resumed.state["args"]["model"], resumed.state["args"]["stage"]):
+            raise ValueError(f"--resume: {resumed.run} has another --model or --stage; --model {resumed.run / 'model'} without "
+                             f"--resume begins a new run with its model")
+    for flag in ("batch_size", "micro_tokens", "steps", "save_every", "eval_every", "negatives", "tau", "clip", "lr"):
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: expected a number above 0")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: expected 0 or more")
+    if args.stage == 3 and not args.sources:
+        raise ValueError("--stage 3: the default sources have no negatives; --sources names some that have")
     if args.micro_tokens < args.max_length:
         raise ValueError(f"--micro-tokens {args.micro_tokens} is less than one text of --max-length {args.max_length}")
     return args, resumed
 
 
 def held_out_scores(encoder, tokenizer, sources: list[data.Source], args: argparse.Namespace) -> dict:
-    """Retrieval metrics of each source's held-out pairs, and their mean over the sources."""
+    """{"mean": metrics, "sources": {name: metrics}} of retrieval among each source's held-out pairs."""
     scores = {source.name: evaluate.retrieval(encoder, tokenizer, source.held_out, args.max_length, args.micro_tokens)
               for source in sources if source.held_out}
-    names = ("recall@1", "mrr", "ndcg@10") if scores else ()
-    return scores | {"mean": {name: sum(s[name] for s in scores.values()) / len(scores) for name in names}}
+    names = next(iter(scores.values()), {})
+    return {"mean": {name: sum(s[name] for s in scores.values()) / len(scores) for name in names}, "sources": scores}
 
 
 def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None) -> None:
@@ -103,9 +112,7 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None) -> No
         encoder, tokenizer = model.create(args.model), data.train_tokenizer(sources, VOCABULARY)
     else:
         encoder, tokenizer = model.load(args.model)
-    limit = min(encoder.backbone.config.max_position_embeddings, tokenizer.model_max_length)
-    if args.max_length > limit:
-        raise ValueError(f"--max-length {args.max_length}: {args.model} takes at most {limit} tokens")
+    memory.micro_batches(tokenizer, ["a text"], args.max_length, args.micro_tokens)  # raises where the model cannot take it
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout) and args.dropout is not None:
             module.p = args.dropout
@@ -135,7 +142,7 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None) -> No
     stop, log = checkpoint.StopSignal(), checkpoint.Metrics(run, first)
     print(f"{run}: {sum(p.numel() for p in parameters.values()) / 1e6:.1f} M parameters, peak lr {peak:g} ({origin}), "
           f"{str(dtype).removeprefix('torch.')} ({reason})", flush=True)
-    if device.type == "cpu" and dtype == torch.float32:
+    if device.type == "cpu" and dtype == torch.float32 and args.model == "tiny":
         print("without bf16 units a step takes long; shorter: python train.py --batch-size 1024 --steps 30", flush=True)
 
     # loop
@@ -146,7 +153,7 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None) -> No
     for step in bar:
         clock = time.perf_counter()
         batch = next(batches)
-        micro_batches = data.micro_batches(tokenizer, batch.texts(), args.max_length, args.micro_tokens)
+        micro_batches = memory.micro_batches(tokenizer, batch.texts(), args.max_length, args.micro_tokens)
         loss, embeddings = memory.backward(encoder, micro_batches, loss_of)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip)
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -157,11 +164,11 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None) -> No
         optimizer.step()
         optimizer.zero_grad()
 
-        accuracy, seconds = evaluate.in_batch_accuracy(embeddings[:k], embeddings[k : 2 * k]), time.perf_counter() - clock
-        tokens, padded = (sum(int(x.sum()) for x in xs) for xs in (
-            [m.attention_mask for m in micro_batches], [1 - m.attention_mask for m in micro_batches]))
+        accuracy = evaluate.in_batch_accuracy(embeddings[:k], embeddings[k : 2 * k])
+        tokens, places = (sum(counts) for counts in zip(*((int(m.attention_mask.sum()), m.input_ids.numel()) for m in micro_batches)))
+        seconds = time.perf_counter() - clock
         log(step=step, loss=loss.item(), accuracy=accuracy, source=batch.source, lr=lr, grad_norm=grad_norm.item(),
-            tokens=tokens, padding=padded / (tokens + padded), seconds=seconds, pairs_per_second=k / seconds,
+            tokens=tokens, padding=1 - tokens / places, seconds=seconds, pairs_per_second=k / seconds,
             micro_batches=len(micro_batches), dropped=batch.dropped)
         bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}", pairs_per_s=f"{k / seconds:.0f}", source=batch.source)
         if step == first:
@@ -179,14 +186,19 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None) -> No
                   f"python train.py --resume --out {run} goes on")
             return
     checkpoint.publish(run / "model", lambda part: model.save(encoder, tokenizer, part))
-    before, *_, after = log.evaluations()
+    report(run, log.evaluations(), isinstance(encoder.backbone, model.JinaBertModel))
+
+
+def report(run: Path, evaluations: list[dict], jina: bool) -> None:
+    """What the run has done, and how to use it."""
+    before, after = evaluations[0], evaluations[-1]
     print(f"\n{'held-out recall@1':30}{'targets':>8}{'before':>8}{'after':>8}")
-    for name, scores in after.items() if len(after) > 1 else ():
-        print(f"{name:30}{scores.get('targets', ''):>8}{before[name]['recall@1']:8.3f}{scores['recall@1']:8.3f}")
-    flag, note = "", ""
-    if isinstance(encoder.backbone, model.JinaBertModel):
-        flag, note = ", trust_remote_code=True", "; without that flag other tools build a plain BERT with random weights"
-    print(f"{run / 'model'} opens with model.load('{run / 'model'}') and SentenceTransformer('{run / 'model'}'{flag}){note}")
+    for name, scores in [*after["sources"].items(), ("mean", after["mean"])]:
+        old = before["sources"].get(name, before["mean"])
+        print(f"{name:30}{scores['targets']:8.0f}{old['recall@1']:8.3f}{scores['recall@1']:8.3f}" if scores else "none held out")
+    path, flag = run / "model", ", trust_remote_code=True" if jina else ""
+    print(f"{path} opens with model.load('{path}') and SentenceTransformer('{path}'{flag})"
+          + ("; without that flag other tools build a plain BERT with random weights" if jina else ""))
 
 
 def main(argv: list[str] | None = None) -> None:
