@@ -67,8 +67,10 @@ def text_of(part: object, name: str) -> str:
         raise ValueError(f'field "{name}": found {json.dumps(part)[:40]}, expected text')
     if not part.strip():
         raise ValueError(f'field "{name}": the text is empty; fill it in or remove the line')
-    if not part.isascii() and any("\ud800" <= letter <= "\udfff" for letter in part):
-        raise ValueError(f'field "{name}": an escape gives half of a surrogate pair, which is no text; repair it')
+    try:
+        part.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f'field "{name}": an escape gives half of a surrogate pair, which is no text; repair it') from None
     return part.strip()
 
 
@@ -134,7 +136,7 @@ class Source:
         version = blake2b(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode(), digest_size=8).hexdigest()
         done = cache / f"{path.name.split('.')[0]}-{version}"
         if not done.is_dir():
-            publish(done, self._index)
+            publish(done, self._index, replace=False)
         self.index, self.negative_keys = (
             np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
             for file, dtype in ((done / "rows", ROW), (done / "negatives", np.dtype("<u8"))))
@@ -207,6 +209,8 @@ def load_sources(manifest: Path | str) -> list[Source]:
         chosen = order[first[: min(EVAL_TARGETS, len(targets) // 20)]]
         rows = read_rows(source.eval) if source.eval else map(source.read, chosen)
         source.held_out = list({key(row.positive): row for row in rows}.values())
+        if source.eval and not source.held_out:
+            raise ValueError(f"source {source.name}: {source.eval} holds no pair")
     held_out = {key(row.positive) for source in sources for row in source.held_out}
     for source in sources:
         source.held_out = list({key(row.query): row for row in source.held_out}.values())[:EVAL_TARGETS]
@@ -264,8 +268,8 @@ class SourceBatches:
             state.update(epoch=state["epoch"] + 1, cursor=0, waiting=[])
             picked = self._fill(source, state)
             if len(picked) < self.batch_size:
-                raise ValueError(f"source {source.name}: a whole epoch gives {len(picked)} rows without a text twice, but "
-                                 f"--batch-size {self.batch_size}; lower it")
+                raise ValueError(f"source {source.name}: a whole epoch gives {len(picked)} rows that fit together (no query or "
+                                 f"positive twice, none among the negatives), but --batch-size {self.batch_size}; lower it")
         rows = [(source.read(row), chosen) for row, chosen in picked[self.own]]
         return Batch(source.name, [row._replace(negatives=[row.negatives[j] for j in chosen]) for row, chosen in rows], dropped)
 
@@ -309,15 +313,15 @@ class SourceBatches:
 
     def state_dict(self) -> dict:
         """JSON-able: the step and, per source, epoch, cursor and the rows that wait; and what must be the same to go on."""
-        corpus = {source.name: [len(source.train), source.fingerprint, source.rate] for source in self.sources}
+        corpus = [[source.name, source.rate, len(source.train), source.fingerprint] for source in self.sources]
         return {"seed": self.seed, "batch_size": self.batch_size, "negatives": self.negatives, "corpus": corpus,
                 "step": self.step, "sources": {name: dict(state) for name, state in self.states.items()}}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on where `state` was taken. Raises ValueError when it was taken of other batches."""
         for what, now in self.state_dict().items():
-            if what not in ("step", "sources") and state[what] != now:
-                raise ValueError(f"the checkpoint was made with another {what}: {state[what]}, now {now}")
+            if what not in ("step", "sources") and state.get(what) != now:
+                raise ValueError(f"the checkpoint was made with another {what}: {state.get(what)}, now {now}")
         self.step, self.states = state["step"], {name: dict(saved) for name, saved in state["sources"].items()}
 
 
@@ -335,5 +339,5 @@ def train_tokenizer(sources: list[Source], vocab_size: int) -> BertTokenizer:
         wordpiece = BertWordPieceTokenizer(lowercase=True)
         wordpiece.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
         tokenizer = BertTokenizer(vocab=wordpiece.get_vocab(), model_max_length=8192)
-        publish(directory, tokenizer.save_pretrained)
+        publish(directory, tokenizer.save_pretrained, replace=False)
     return BertTokenizer.from_pretrained(directory)
