@@ -191,8 +191,9 @@ def load_sources(manifest: Path | str) -> list[Source]:
     for number, entry in enumerate(entries, 1):
         defaults = {"name": None, "path": entry.get("name"), "rate": entry.get("weight", 1), "kind": "retrieval", "eval": None}
         name, path, rate, kind, held_out = (entry.get(field, default) for field, default in defaults.items())
-        for unknown in set(entry) - {*defaults, "licence", "lines", "weight"}:
-            raise ValueError(f'{manifest}, source {number}: unknown field "{unknown}"; known are {", ".join(defaults)}, licence')
+        where, known = f"{manifest}, source {number}", [*defaults, "licence", "lines", "weight"]
+        for unknown in set(entry) - set(known):
+            raise ValueError(f'{where}: unknown field "{unknown}"; known are {", ".join(known)}')
         for field, found, good, expected in [
                 ("name", name, isinstance(name, str) and name not in [s.name for s in sources], "a text, each name once"),
                 ("path", path, isinstance(path, str), "a text"),
@@ -200,7 +201,7 @@ def load_sources(manifest: Path | str) -> list[Source]:
                 ("kind", kind, kind in ("retrieval", "similarity"), '"retrieval" or "similarity"'),
                 ("eval", held_out, held_out is None or isinstance(held_out, str), "a text")]:
             if not good:
-                raise ValueError(f'{manifest}, source {number}: field "{field}": found {found!r}, expected {expected}')
+                raise ValueError(f'{where}: field "{field}": found {found!r}, expected {expected}')
         sources.append(Source(name, manifest.parent / path, rate, kind, held_out and manifest.parent / held_out,
                               manifest.parent / ".cache" / "v1"))
     for source in sources:
@@ -251,8 +252,8 @@ class SourceBatches:
             counts = source.index["negatives"][source.train]
             if negatives and counts.min() < negatives:
                 line = source.line_number(source.train[counts.argmin()])
-                raise ValueError(f"{source.path}, line {line}: {counts.min()} negatives, but --negatives {negatives}; lower it, "
-                                 f"or mine more")
+                raise ValueError(f"{source.path}, line {line}: {counts.min()} negatives, but --negatives {negatives}; "
+                                 f"lower it, or mine more")
             self.states[source.name] = {"epoch": 0, "cursor": 0, "waiting": []}
 
     def __iter__(self):

@@ -179,7 +179,8 @@ KINDS = {"text": (str,), "a finite number": (int, float), "text or a whole numbe
 
 
 def read_fields(path: str, **fields: str) -> list[tuple]:
-    """Lines {"field": value, ...} or [value, ...] of a .jsonl or .jsonl.gz file, as tuples in the order of `fields`, each one of KINDS.
+    """Lines {"field": value, ...} or [value, ...] of a .jsonl or .jsonl.gz file, as tuples in the order of `fields`, each
+    one of KINDS.
     Raises ValueError naming file, line and field."""
     def check(value, name):
         value = data.text_of(value, name) if isinstance(value, str) else value

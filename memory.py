@@ -65,9 +65,10 @@ def checkpoint_layers(model: nn.Module) -> None:
     with such a `backbone`. Raises ValueError where there is no such list.
     """
     backbone = getattr(model, "backbone", model)
-    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == backbone.config.num_hidden_layers]
+    layers = backbone.config.num_hidden_layers
+    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not lists:
-        raise ValueError(f"--checkpoint-layers: {type(backbone).__name__} has no list of its {backbone.config.num_hidden_layers} layers")
+        raise ValueError(f"--checkpoint-layers: {type(backbone).__name__} has no list of its {layers} layers")
     for layer in lists[0]:
         layer.forward = checkpointed(layer.forward)
 

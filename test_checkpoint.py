@@ -22,7 +22,8 @@ def trained():
 
 
 def save(run, step, layer, optimizer, write_model=lambda part: part.mkdir()):
-    checkpoint.save(run, {"step": step, "sampler": {}}, write_model, dict(layer.named_parameters()), optimizer, [torch.get_rng_state()])
+    checkpoint.save(run, {"step": step, "sampler": {}}, write_model, dict(layer.named_parameters()), optimizer,
+                    [torch.get_rng_state()])
 
 
 def test_moments_and_random_state_come_back_by_name(tmp_path):

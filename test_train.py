@@ -16,6 +16,7 @@ import model
 import train
 
 HERE = Path(__file__).parent
+SMALL = dict(vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c d e f g h i j".split()
 STOP = {signal.SIGTERM: signal.getsignal(signal.SIGTERM), signal.SIGINT: signal.getsignal(signal.SIGINT)}
 
@@ -24,15 +25,16 @@ STOP = {signal.SIGTERM: signal.getsignal(signal.SIGTERM), signal.SIGINT: signal.
 def folder(tmp_path, monkeypatch):
     """A folder with a manifest of two sources, 60 rows each, with 3 negatives a row, and a small JinaBERT, dropout 0.1."""
     monkeypatch.chdir(tmp_path)
-    letters = WORDS[5:]
+    def text(name, i, m):
+        return " ".join([*(WORDS[5 + (i * m + i // 10 * j) % 10] for j in range(3 + i % 4)), f"{name}{i} {m}"])
+
     for name in ("left", "right"):
-        with open(f"{name}.jsonl", "w") as file:
-            for i in range(60):
-                text = [" ".join(letters[(i * m + i // 10 * j) % 10] for j in range(3 + i % 4)) + f" {name}{i}" for m in range(1, 6)]
-                file.write(json.dumps({"query": text[0] + " a", "positive": text[1] + " b", "negatives": [t + " c" for t in text[2:]]}) + "\n")
-    Path("sources.json").write_text(json.dumps([{"name": n, "path": f"{n}.jsonl", "rate": r} for n, r in (("left", 1), ("right", 2))]))
+        rows = [[text(name, i, m) for m in range(1, 6)] for i in range(60)]  # query, positive and three negatives
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("sources.json").write_text('[{"name": "left", "path": "left.jsonl", "rate": 1}, '
+                                    '{"name": "right", "path": "right.jsonl", "rate": 2}]')
     torch.manual_seed(0)
-    config = model.JinaBertConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = model.JinaBertConfig(**SMALL)
     tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}, model_max_length=8192)
     model.save(model.PooledEncoder(model.JinaBertModel(config)), tokenizer, tmp_path / "small")
     yield tmp_path
@@ -147,7 +149,7 @@ def test_checkpointed_layers_and_micro_batches_give_the_same_run(folder):
 
 
 def test_a_plain_bert_trains_and_opens_without_a_flag(folder, capsys):
-    config = transformers.BertConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = transformers.BertConfig(**SMALL)
     model.save(model.PooledEncoder(transformers.BertModel(config)), model.load("small")[1], "bert")
     train.main([*FLAGS, "--model", "bert", "--steps", "2", "--out", "run"])
     assert "trust_remote_code" not in capsys.readouterr().out
