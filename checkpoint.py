@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -53,16 +52,16 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def save(run: Path, state: dict, write_model: Callable[[Path], None], parameters: dict[str, Tensor],
-         optimizer: torch.optim.Optimizer, random_state: Sequence[Tensor]) -> None:
-    """Writes run/checkpoints/STEP and removes all but the newest KEEP. state: JSON-able, with "step"."""
+def save(run: Path, state: dict, write_model: Callable[[Path], None], moments: dict[str, Tensor],
+         random_states: Sequence[Sequence[Tensor]]) -> None:
+    """Writes run/checkpoints/STEP and removes all but the newest KEEP. state: JSON-able, with "step"; moments: the optimizer's
+    state by "parameter/kind"; random_states: of every rank."""
 
     def write(part: Path) -> None:
         write_model(part / "model")
-        moments = {f"{name}/{kind}": value for name, parameter in parameters.items()
-                   for kind, value in optimizer.state.get(parameter, {}).items()}
         save_file({name: tensor.contiguous() for name, tensor in moments.items()}, part / "optimizer.safetensors")
-        save_file({str(i): tensor for i, tensor in enumerate(random_state)}, part / "random.safetensors")
+        save_file({f"{rank}/{i}": tensor for rank, state in enumerate(random_states) for i, tensor in enumerate(state)},
+                  part / "random.safetensors")
         sizes = {str(path.relative_to(part)): path.stat().st_size for path in part.rglob("*") if path.is_file()}
         (part / "state.json").write_text(json.dumps(state | {"files": sizes}))
 
@@ -115,16 +114,16 @@ def newest(out: str | None) -> Checkpoint:
     return Checkpoint(run, path, state)
 
 
-def restore(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Gives the optimizer its moments back -> the random state. (The weights came with `model.load(path / "model")`.)"""
+def restore(path: Path) -> tuple[dict[str, Tensor], list[list[Tensor]]]:
+    """The optimizer's moments and every rank's random state. (The weights come with `model.load(path / "model")`.)"""
     try:
         moments, random = load_file(path / "optimizer.safetensors"), load_file(path / "random.safetensors")
     except SafetensorError as error:
         raise ValueError(f"{path}: does not open ({error})") from None
-    for name, value in moments.items():
-        parameter, kind = name.rsplit("/", 1)
-        optimizer.state[parameters[parameter]][kind] = value.to(parameters[parameter].device)
-    return [random[str(i)] for i in range(len(random))]
+    random_states = {}
+    for name in sorted(random, key=lambda name: [int(part) for part in name.split("/")]):
+        random_states.setdefault(name.split("/")[0], []).append(random[name])
+    return moments, list(random_states.values())
 
 
 class StopSignal:
@@ -140,20 +139,25 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
 
 
-class Metrics:
-    """run/metrics.jsonl, one JSON object a line. On resume, the lines from step `first` on go: those steps come again."""
+def begin_metrics(run: Path, first: int) -> None:
+    """Makes run/metrics.jsonl, or cuts off its lines from step `first` on: a resumed run takes those steps again."""
+    path = run / "metrics.jsonl"
+    run.mkdir(parents=True, exist_ok=True)
+    if first == 1:
+        path.open("x").close()  # raises FileExistsError if another run has begun here in the meantime
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept))
+    os.replace(part, path)
 
-    def __init__(self, run: Path, first: int):
+
+class Metrics:
+    """run/metrics.jsonl, one JSON object a line; nothing is written where another rank writes."""
+
+    def __init__(self, run: Path, writes: bool = True):
         self.path = run / "metrics.jsonl"
-        run.mkdir(parents=True, exist_ok=True)
-        if first == 1:
-            self.path.open("x").close()  # raises FileExistsError if another run has begun here in the meantime
-        lines = self.path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(kept))
-        os.replace(part, self.path)
-        self.file = open(self.path, "a", buffering=1)
+        self.file = open(self.path if writes else os.devnull, "a", buffering=1)
 
     def __call__(self, **values) -> None:
         self.file.write(json.dumps(values) + "\n")

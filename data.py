@@ -46,6 +46,7 @@ class Batch(NamedTuple):
     source: str
     rows: list[Row]  # this rank's slice of the global batch
     dropped: int  # rows left over by the epoch that ended before this batch: they could not fill one
+    digest: str  # of the ids of the global batch: equal for equal batches
 
     def texts(self) -> list[str]:
         """All queries, then all positives, then all negatives row by row."""
@@ -272,7 +273,8 @@ class SourceBatches:
                 raise ValueError(f"source {source.name}: a whole epoch gives {len(picked)} rows that fit together (no query or "
                                  f"positive twice, none among the negatives), but --batch-size {self.batch_size}; lower it")
         rows = [(source.read(row), chosen) for row, chosen in picked[self.own]]
-        return Batch(source.name, [row._replace(negatives=[row.negatives[j] for j in chosen]) for row, chosen in rows], dropped)
+        rows = [row._replace(negatives=[row.negatives[j] for j in chosen]) for row, chosen in rows]
+        return Batch(source.name, rows, dropped, f"{key(str([row for row, _ in picked])):016x}")
 
     def _fill(self, source: Source, state: dict) -> list[tuple[int, list[int]]]:
         """Takes (row, which of its negatives) for a batch: those that wait first, then on from the cursor."""

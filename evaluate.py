@@ -65,9 +65,9 @@ def ndcg_at_10(ranks: Tensor) -> float:
     return torch.where(ranks <= 10, 1 / torch.log2(1 + ranks.double()), 0.0).mean().item()
 
 
-def in_batch_accuracy(q: Tensor, p: Tensor) -> float:
-    """Share of queries whose own positive is the most similar of the batch. q, p (M, D)."""
-    return recall_at(ranks(q, p), 1)
+def in_batch_accuracy(q: Tensor, p: Tensor, row: int = 0) -> float:
+    """Share of queries whose own positive is the most similar of the batch. q (M, D), p (K, D), of which row + i is q[i]'s."""
+    return recall_at(ranks(q, p, torch.arange(row, row + len(q), device=q.device)), 1)
 
 
 def average_ranks(x) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Large batches in little memory (§5.3): mixed precision, an activation checkpoint after each layer, the two-pass batch.
+"""Large batches in little memory (§5.3): mixed precision, an activation checkpoint after each layer, the two-pass batch,
+and DeepSpeed ZeRO on many ranks.
 
 Nothing here knows what an embedding means or which loss is taken of it. Take these calls out of train.py, embed the whole
 batch at once, and the same update comes out, but for rounding, in far more memory.
@@ -15,15 +16,31 @@ the embeddings E = f(texts; theta), the chain rule splits dL/dtheta at E (Gao et
 
 It costs one more forward pass. Both passes must see the same dropout masks, so the random state of each micro-batch is
 kept and restored.
+
+Ranks (the paper only names DeepSpeed). Rank r of W embeds its own rows and takes the mean loss L_r over them, against the
+gathered columns of all ranks; the loss of the global batch is L = (1/W) sum_r L_r. `Ranks.gather` hands every rank's
+gradient of a column back to the rank that embedded it, summed, so that G on a rank is d(sum_r L_r)/dE. DeepSpeed averages
+the parameters' gradients over ranks: (1/W) sum_r (dE_r/dtheta)^T G_r = dL/dtheta. No other factor of W belongs anywhere.
 """
 
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+
+from ranks import Ranks
 
 class MicroBatch(NamedTuple):
     index: Tensor  # (b,) which of the step's texts these are
@@ -32,9 +49,12 @@ class MicroBatch(NamedTuple):
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """`auto`, `fp32` or `bf16` -> the dtype of matrix products, and why, in a few words. Paper: mixed precision."""
+    """`auto`, `fp32`, `bf16` or `fp16` -> the dtype of matrix products, and why, in a few words. Paper: mixed precision.
+    Raises ValueError for fp16 on a CPU."""
+    if name == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16: needs a GPU; a CPU takes bf16 or fp32")
     if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name], "as asked for"
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name], "as asked for"
     if device.type == "cuda":
         fast, unit = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name(device)
     else:
@@ -43,18 +63,46 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
     return (torch.bfloat16, f"{unit} multiplies bf16 fast") if fast else (torch.float32, f"{unit}: bf16 would gain nothing")
 
 
-def mixed_precision(encoder: nn.Module, dtype: torch.dtype) -> None:
+class LossScale:
+    """The factor S on the gradients inside an encoder in fp16, whose smallest number, 6e-8, they would fall below; 1 in other
+    precisions. Dynamic as torch's GradScaler: from 2^16 on, halved after an overflow, doubled after 2,000 steps without."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.scale, self.good_steps, self.skipped = 2.0**16 if dtype == torch.float16 else 1.0, 0, 0
+
+    def survives(self, grad_norm: float) -> bool:
+        """Whether a step with this gradient norm may be taken. If not, the scale is lowered, where there is one to lower."""
+        if not math.isfinite(grad_norm):
+            self.skipped, self.scale, self.good_steps = self.skipped + 1, self.scale / 2, 0
+            return False
+        self.good_steps += 1
+        if self.scale > 1 and self.good_steps % 2000 == 0:
+            self.scale *= 2
+        return True
+
+
+def mixed_precision(encoder: nn.Module, dtype: torch.dtype) -> LossScale:
     """Matrix products inside `encoder` in `dtype`; parameters, gradients and optimizer stay fp32.
 
-    Autocast is entered inside the encoder's own forward, so that whatever wraps the encoder later cannot switch it off.
+    Autocast is entered inside the encoder's own forward, so that whatever wraps the encoder later cannot switch it off. In
+    fp16 the gradient is multiplied by S where it enters the encoder and divided by S where it reaches a parameter: the
+    loss, the cached gradients, clipping and the optimizer see no scale.
     """
-    forward = encoder.forward
+    forward, scaling = encoder.forward, LossScale(dtype)
 
     def autocast_forward(*inputs: Tensor) -> Tensor:
         with torch.autocast(inputs[0].device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return forward(*inputs)
+            embeddings = forward(*inputs)
+        if dtype == torch.float16 and embeddings.requires_grad:
+            embeddings.register_hook(lambda gradient: gradient * scaling.scale)
+        return embeddings
 
     encoder.forward = autocast_forward
+    if dtype == torch.float16:
+        for parameter in encoder.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: gradient / scaling.scale)
+    return scaling
 
 
 def checkpoint_layers(model: nn.Module) -> None:
@@ -117,21 +165,33 @@ def micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: in
                        pad_sequence([torch.ones(lengths[i], dtype=torch.long) for i in chunk], True)) for chunk in chunks]
 
 
-def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch],
-             loss_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Adds dL/dtheta of L = loss_of(embeddings of all texts of the step) to the parameters' .grad.
+def equalise(micro_batches: Sequence[MicroBatch], count: int) -> list[MicroBatch]:
+    """`count` micro-batches, by halving the largest: every pass is a collective under ZeRO-2 and 3, so that a rank with fewer
+    than another would leave it waiting."""
+    micro_batches = list(micro_batches)
+    while len(micro_batches) < count:
+        c = max(range(len(micro_batches)), key=lambda c: len(micro_batches[c].index))
+        half = len(micro_batches[c].index) // 2
+        micro_batches[c : c + 1] = [MicroBatch(*(x[part] for x in micro_batches[c]))
+                                    for part in (slice(half), slice(half, None))]
+    return micro_batches
 
-    encoder: (input_ids, attention_mask) -> (b, D). loss_of: (M, D), in the order of the texts -> scalar.
-    -> the loss, and the embeddings (M, D), fp32, both detached. One micro-batch takes one pass, several take two.
+
+def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch], loss_of: Callable[[Tensor], tuple],
+             back: Callable[[Tensor, bool], None] = lambda scalar, last: scalar.backward()) -> tuple:
+    """Adds dL/dtheta to the parameters' .grad, where (L, ...) = loss_of(embeddings of all texts of the step).
+
+    encoder: (input_ids, attention_mask) -> (b, D). loss_of: (M, D), in the order of the texts -> a scalar, and whatever
+    else is wanted of the embeddings. back(scalar, last) back-propagates into the parameters.
+    -> what loss_of gave, L detached. One micro-batch takes one pass, several take two.
     """
     device = next(encoder.parameters()).device
     inputs = [(input_ids.to(device), mask.to(device)) for _, input_ids, mask in micro_batches]
     place = torch.cat([index for index, _, _ in micro_batches]).argsort().to(device)
     if len(inputs) == 1:
-        embeddings = encoder(*inputs[0])[place]
-        loss = loss_of(embeddings)
-        loss.backward()
-        return loss.detach(), embeddings.detach()
+        loss, *more = loss_of(encoder(*inputs[0])[place])
+        back(loss, True)
+        return loss.detach(), *more
 
     states, embeddings = [], []
     with torch.no_grad():
@@ -140,10 +200,151 @@ def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch],
             embeddings.append(encoder(*micro_batch).float())
     embeddings = torch.cat(embeddings)[place].requires_grad_()
 
-    loss = loss_of(embeddings)
+    loss, *more = loss_of(embeddings)
     loss.backward()  # fills embeddings.grad, the cached gradient G, in fp32
 
-    for (index, _, _), micro_batch, state in zip(micro_batches, inputs, states):
+    for c, ((index, _, _), micro_batch, state) in enumerate(zip(micro_batches, inputs, states), 1):
         set_random_state(state, device)
-        (encoder(*micro_batch) * embeddings.grad[index.to(device)]).sum().backward()
-    return loss.detach(), embeddings.detach()
+        back((encoder(*micro_batch) * embeddings.grad[index.to(device)]).sum(), c == len(inputs))
+    return loss.detach(), *more
+
+
+# optimizer steps
+
+class OneProcess:
+    """Plain torch in one process."""
+
+    def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float, scaling: LossScale):
+        self.model, self.encoder, self.optimizer, self.clip, self.scaling = encoder, encoder, optimizer, clip, scaling
+        self.parameters = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+
+    def __str__(self) -> str:
+        return "one process"
+
+    def backward(self, micro_batches: Sequence[MicroBatch], loss_of: Callable[[Tensor], tuple]) -> tuple:
+        return backward(self.model, micro_batches, loss_of)
+
+    def step(self, lr: float) -> float:
+        """One optimizer step, if the gradient is finite -> the gradient's norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip or math.inf).item()
+        self.optimizer.param_groups[0]["lr"] = lr
+        if self.scaling.survives(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def whole(self) -> contextlib.AbstractContextManager:
+        """Inside, the encoder's parameters are whole on every rank."""
+        return contextlib.nullcontext()
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's state as {"parameter/kind": tensor}, on rank 0."""
+        return {f"{name}/{kind}": value for name, p in self.parameters.items()
+                for kind, value in self.optimizer.state.get(p, {}).items()}
+
+    def load_moments(self, moments: dict[str, Tensor]) -> None:
+        for key, value in moments.items():
+            name, kind = key.rsplit("/", 1)
+            self.optimizer.state[self.parameters[name]][kind] = value.to(self.parameters[name].device)
+
+
+class Zero(OneProcess):
+    """DeepSpeed with ZeRO (Rajbhandari et al. 2020) on any number of ranks: stage 1 shards the optimizer's moments, 2 the
+    gradients too, 3 the parameters too. Same verbs as OneProcess; every call is a collective."""
+
+    def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float, scaling: LossScale, ranks: Ranks,
+                 config: dict):
+        super().__init__(encoder, optimizer, clip, scaling)
+        if not dist.is_initialized():  # one process without a launcher
+            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            ranks.join(dist.HashStore())
+        # What a user can't act on: which accelerator there is, calls of old names, which op was built. It is built by the
+        # ninja that pip has put beside python.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        import deepspeed
+        deepspeed.utils.logger.setLevel("ERROR")
+        self.ranks, self.stage = ranks, config["zero_optimization"]["stage"]
+        # gradient_accumulation_steps: the engine would divide by it, and our passes are parts of one sum. Precision is
+        # autocast inside the encoder: DeepSpeed's own would keep parameters and reductions in 16 bits.
+        config = config | {
+            "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+            "gradient_clipping": clip if self.stage else 0.0,
+            "fp16": {"enabled": False}, "bf16": {"enabled": False}, "torch_autocast": {"enabled": False},
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.model = deepspeed.initialize(model=encoder, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+    def __str__(self) -> str:
+        return f"DeepSpeed ZeRO {self.stage} on {self.ranks.world_size} ranks"
+
+    def backward(self, micro_batches: Sequence[MicroBatch], loss_of: Callable[[Tensor], tuple]) -> tuple:
+        def back(scalar: Tensor, last: bool) -> None:
+            self.model.set_gradient_accumulation_boundary(last)  # else stages 1 and 2 keep the last pass alone
+            self.model.backward(scalar)
+
+        count = max(self.ranks.all(len(micro_batches)))
+        return backward(self.model, equalise(micro_batches, count), loss_of, back)
+
+    def step(self, lr: float) -> float:
+        self.optimizer.param_groups[0]["lr"] = lr
+        if self.stage == 0:  # DeepSpeed has averaged the gradients; the rest is as in one process
+            return super().step(lr)
+        self.model.step()  # leaves the weights as they are where the gradient is not finite
+        norm = float(self.model.get_global_grad_norm())
+        self.scaling.survives(norm)
+        return norm
+
+    def whole(self) -> contextlib.AbstractContextManager:
+        import deepspeed
+        return deepspeed.zero.GatheredParameters(list(self.encoder.parameters()), enabled=self.stage == 3)
+
+    def moments(self) -> dict[str, Tensor]:
+        if self.stage == 0:
+            return super().moments()
+        from deepspeed.utils import safe_get_full_optimizer_state
+        kinds, moments = next(iter(self.optimizer.state.values()), {}), {}
+        for name, p in self.parameters.items():
+            for kind, flat in kinds.items():
+                full = safe_get_full_optimizer_state(p, kind) if flat.dim() else flat  # AdamW's step count has no dimension
+                if self.ranks.rank == 0:
+                    moments[f"{name}/{kind}"] = full.to("cpu", copy=True)
+        return moments
+
+    def load_moments(self, moments: dict[str, Tensor]) -> None:
+        if self.stage == 0:
+            return super().load_moments(moments)
+        from deepspeed.utils import safe_set_full_optimizer_state
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.ranks.device)
+        self.model.set_gradient_accumulation_boundary(True)
+        self.model.backward(self.model(token, token + 1).sum() * 0)
+        self.step(lr=0.0)  # makes the moments, all 0, and changes no weight
+        for key, value in moments.items():
+            name, kind = key.rsplit("/", 1)
+            if value.dim():
+                safe_set_full_optimizer_state(self.parameters[name], value.to(self.ranks.device), kind)
+            else:
+                for state in self.optimizer.state.values():
+                    state[kind].copy_(value)
+
+
+def read_zero(value: str) -> dict:
+    """--zero 0 .. 3, or the path of a DeepSpeed JSON file with a zero_optimization.stage -> its configuration."""
+    if value in ("0", "1", "2", "3"):
+        return {"zero_optimization": {"stage": int(value)}}
+    try:
+        config = json.loads(Path(value).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--zero {value}: neither 0, 1, 2, 3 nor a JSON file that opens ({error})") from None
+    if not isinstance(config, dict) or config.get("zero_optimization", {}).get("stage") not in (0, 1, 2, 3):
+        raise ValueError(f'--zero {value}: expected {{"zero_optimization": {{"stage": 0 .. 3, ...}}, ...}}')
+    return config
+
+
+def engine(encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float, scaling: LossScale, ranks: Ranks,
+           zero: str | None) -> OneProcess:
+    """What takes the steps. zero unset: plain torch in one process, ZeRO stage 2 under a launcher; set: DeepSpeed."""
+    if zero is None and not ranks.launched:
+        return OneProcess(encoder, optimizer, clip, scaling)
+    return Zero(encoder, optimizer, clip, scaling, ranks, read_zero(zero or "2"))

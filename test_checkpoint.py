@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 import checkpoint
+import memory
 
 
 def trained():
@@ -21,9 +22,12 @@ def trained():
     return layer, optimizer
 
 
+def engine(layer, optimizer):
+    return memory.OneProcess(layer, optimizer, 1.0, memory.LossScale(torch.float32))
+
+
 def save(run, step, layer, optimizer, write_model=lambda part: part.mkdir()):
-    checkpoint.save(run, {"step": step, "sampler": {}}, write_model, dict(layer.named_parameters()), optimizer,
-                    [torch.get_rng_state()])
+    checkpoint.save(run, {"step": step, "sampler": {}}, write_model, engine(layer, optimizer).moments(), [[torch.get_rng_state()]])
 
 
 def test_moments_and_random_state_come_back_by_name(tmp_path):
@@ -32,7 +36,8 @@ def test_moments_and_random_state_come_back_by_name(tmp_path):
     save(tmp_path, 2, layer, optimizer)
     torch.rand(5)
     fresh = torch.optim.AdamW(layer.parameters(), fused=True)
-    [restored] = checkpoint.restore(checkpoint.newest(str(tmp_path)).path, dict(layer.named_parameters()), fresh)
+    moments, [[restored]] = checkpoint.restore(checkpoint.newest(str(tmp_path)).path)
+    engine(layer, fresh).load_moments(moments)
     assert torch.equal(restored, state)
     for parameter in layer.parameters():
         assert set(fresh.state[parameter]) == {"step", "exp_avg", "exp_avg_sq"}
@@ -123,8 +128,9 @@ def test_an_explicit_folder_must_be_new_or_empty(tmp_path):
 def test_metrics_from_the_first_step_to_come_are_cut_off(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
     with pytest.raises(FileExistsError):
-        checkpoint.Metrics(tmp_path, first=1)
-    log = checkpoint.Metrics(tmp_path, first=2)
+        checkpoint.begin_metrics(tmp_path, first=1)
+    checkpoint.begin_metrics(tmp_path, first=2)
+    log = checkpoint.Metrics(tmp_path)
     log(step=2, evaluation={"x": 1})
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         {"step": 0}, {"step": 1}, {"step": 2, "evaluation": {"x": 1}}]

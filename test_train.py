@@ -36,13 +36,13 @@ def folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = model.JinaBertConfig(**SMALL)
     tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}, model_max_length=8192)
-    model.save(model.PooledEncoder(model.JinaBertModel(config)), tokenizer, tmp_path / "small")
+    model.save(model.PooledEncoder(model.JinaBertModel(config)), tokenizer, tmp_path / "toy")
     yield tmp_path
     for number, handler in STOP.items():
         signal.signal(number, handler)
 
 
-FLAGS = ["--sources", "sources.json", "--model", "small", "--batch-size", "16", "--micro-tokens", "128", "--precision", "fp32",
+FLAGS = ["--sources", "sources.json", "--model", "toy", "--batch-size", "16", "--micro-tokens", "128", "--precision", "fp32",
          "--lr", "1e-3", "--save-every", "2"]
 
 
@@ -150,19 +150,20 @@ def test_checkpointed_layers_and_micro_batches_give_the_same_run(folder):
 
 def test_a_plain_bert_trains_and_opens_without_a_flag(folder, capsys):
     config = transformers.BertConfig(**SMALL)
-    model.save(model.PooledEncoder(transformers.BertModel(config)), model.load("small")[1], "bert")
+    model.save(model.PooledEncoder(transformers.BertModel(config)), model.load("toy")[1], "bert")
     train.main([*FLAGS, "--model", "bert", "--steps", "2", "--out", "run"])
     assert "trust_remote_code" not in capsys.readouterr().out
     assert type(model.load("run/model")[0].backbone) is transformers.BertModel
 
 
-def test_a_loss_that_is_not_finite_names_step_and_source_and_keeps_the_checkpoint(folder, monkeypatch):
+def test_a_loss_that_is_not_finite_names_step_and_source_and_keeps_the_checkpoint(folder, monkeypatch, capsys):
     train.main([*FLAGS, "--steps", "2", "--out", "run"])
     before = weights("run/checkpoints/00000002")
-    monkeypatch.setattr(train.losses, "pair_loss", lambda q, p, tau: (q - p).sum() * float("nan"))
+    monkeypatch.setattr(train.losses, "pair_loss", lambda q, p, *_: (q - p).sum() * float("nan"))
     with pytest.raises(SystemExit) as stop:
         train.main(["--resume", "--out", "run", "--steps", "4"])
-    assert "step 3, source " in stop.value.code and "loss nan" in stop.value.code
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and "step 3, source " in said and "loss nan" in said
     assert os.listdir("run/checkpoints") == ["00000002"]
     assert all(torch.equal(before[name], after) for name, after in weights("run/checkpoints/00000002").items())
 

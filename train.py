@@ -3,14 +3,18 @@
     python train.py --stage 2 --batch-size 4096
 
 composes the four other modules: source-wise batches (data.py, §5.1), the pooled encoder (model.py, §5), equations (4) and
-(5) (losses.py), large batches in little memory (memory.py, §5.3). It knows how none of them does it.
+(5) (losses.py), large batches in little memory (memory.py, §5.3). It knows how none of them does it. On many ranks:
+
+    torchrun --nproc_per_node 8 train.py --zero 2 --batch-size 32768
 """
 
 import argparse
-import json
+import copy
 import math
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,11 +26,12 @@ import evaluate
 import losses
 import memory
 import model
-
+from ranks import Ranks
 
 VOCABULARY = 30522  # entries of a tokenizer trained here: BERT's number; JinaBERT rounds it up to 30,528 embeddings
 LR_RANDOM = 2e-3, "ours, for random weights"
 LR_PRETRAINED = 2e-5, "Nomic Embed's, for pretrained weights"
+CHECK_ROWS, CHECK_LR = 32, 1024.0  # of --check: few rows, and a step so long that the weights' own rounding is nothing beside it
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpoint.Checkpoint | None]:
@@ -43,9 +48,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpo
     add("--model", default="tiny", help=f"directory, hub name, or {' | '.join(model.SIZES)}: random weights (tiny: ours)")
     add("--dropout", type=float, help="unset: the model's own (0.1 in JinaBERT)")
     add = parser.add_argument_group("memory.py (§5.3)").add_argument
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of matrix products; auto: bf16 if fast")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of matrix products; auto: bf16 if fast")
     add("--micro-tokens", type=int, default=8192, help="bound on the tokens of one forward pass, with padding (ours)")
     add("--checkpoint-layers", action="store_true", help="keep the layers' inputs only (the paper's; off: ours)")
+    add("--zero", metavar="STAGE", help="DeepSpeed ZeRO stage 0, 1, 2 or 3, or a DeepSpeed JSON file that names one; unset: "
+                                        "plain torch in one process, stage 2 (Jina Embeddings v1's) under a launcher")
+    add("--check", action="store_true", help="do not train, but compare the gradient of a small batch, with these flags on "
+                                             "these ranks, with that of plain fp32 in one process")
     add = parser.add_argument_group("the run").add_argument
     add("--steps", type=int, default=36, help="optimizer steps (ours: minutes on two CPU cores with bf16 matrix units)")
     add("--lr", type=float, help=f"peak learning rate; unset: {LR_RANDOM[0]} ({LR_RANDOM[1]}), {LR_PRETRAINED[0]} "
@@ -59,6 +68,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpo
     add("--eval-every", type=int, help="steps from evaluation to evaluation; unset: half of --steps")
     add("--resume", action="store_true", help="go on from the newest checkpoint of --out, or of the newest runs/NNN, "
                                               "with its flags where none is given")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment has it too
     args, resumed = parser.parse_args(argv), None
     if args.resume:
         resumed = checkpoint.newest(args.out)
@@ -91,103 +101,161 @@ def held_out_scores(encoder, tokenizer, sources: list[data.Source], args: argpar
     return {"mean": {name: sum(s[name] for s in scores.values()) / len(scores) for name in names}, "sources": scores}
 
 
-def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None) -> None:
-    run = resumed.run if resumed else checkpoint.free_run(args.out)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def step_loss(e: torch.Tensor, args: argparse.Namespace, ranks: Ranks) -> tuple[torch.Tensor, float]:
+    """Equation (4) or (5) for this rank's rows against the columns of all ranks, and the in-batch accuracy of these rows.
+
+    e (M, D): the embeddings of b queries, their b positives and, in stage 3, their b N negatives row by row."""
+    b = args.batch_size // ranks.world_size
+    row, q, p, n = b * ranks.rank, e[:b], e[b : 2 * b], e[2 * b :].view(-1, args.negatives, e.shape[1])
+    all_q, all_p = ranks.gather(q), ranks.gather(p)
+    if args.stage == 2:
+        loss = losses.pair_loss(q, p, args.tau, (all_q, all_p), row)
+    else:
+        loss = losses.hard_negative_loss(q, p, n, args.tau, (all_q, all_p, ranks.gather(n)), row)
+    return loss, evaluate.in_batch_accuracy(q, all_p, row)
+
+
+def prepare(encoder: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float, args: argparse.Namespace,
+            ranks: Ranks) -> memory.OneProcess:
+    """The means of §5.3 around an encoder: precision, checkpointed layers, ZeRO."""
+    dtype, reason = memory.choose_precision(args.precision, ranks.device)
+    size = sum(p.numel() for p in encoder.parameters()) / 1e6
+    scaling = memory.mixed_precision(encoder, dtype)
+    if args.checkpoint_layers:
+        memory.checkpoint_layers(encoder)
+    engine = memory.engine(encoder, optimizer, clip, scaling, ranks, args.zero)
+    ranks.say(f"{size:.1f} M parameters, {str(dtype).removeprefix('torch.')} ({reason}), {engine}")
+    if ranks.device.type == "cpu" and dtype == torch.float32 and args.model == "tiny" and not args.check:
+        ranks.say("without bf16 units a step takes long; shorter: python train.py --batch-size 1024 --steps 30")
+    return engine
+
+
+def check(ranks: Ranks, args: argparse.Namespace, encoder: torch.nn.Module, own: list, whole: list, cut: Callable) -> None:
+    """--check: the update of one step of plain SGD on these ranks and with these flags, over its learning rate, against the
+    gradient of plain fp32 in one process and one pass. own, whole: the texts of this rank, and of the global batch."""
+    encoder.eval()  # no dropout: its masks follow the micro-batches
+    plain = copy.deepcopy(encoder)
+    engine = prepare(encoder, torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=0.0), 0.0, args, ranks)
+    norm = math.inf
+    while not math.isfinite(norm) and engine.scaling.scale >= 1:  # fp16 may have to lower its scale first
+        engine.backward(cut(own, micro_tokens=args.max_length), partial(step_loss, args=args, ranks=ranks))
+        norm = engine.step(CHECK_LR)
+    memory.backward(plain, cut(whole, micro_tokens=1 << 40), partial(step_loss, args=args, ranks=Ranks(alone=True)))
+    with engine.whole():
+        pairs = [(before.grad, (before - after).detach() / CHECK_LR)
+                 for before, after in zip(plain.parameters(), encoder.parameters()) if before.requires_grad]
+    expected, found = (torch.cat([x.flatten() for x in xs]).double() for xs in zip(*pairs))
+    ratio, cosine = (found.norm() / expected.norm()).item(), torch.cosine_similarity(found, expected, dim=0).item()
+    dtype, _ = memory.choose_precision(args.precision, ranks.device)
+    near, least = (1e-3, 0.9999) if dtype == torch.float32 else (0.02, 0.99)
+    good = abs(ratio - 1) <= near and cosine >= least
+    ranks.say(f"gradient of a batch of {args.batch_size} rows, here against one process in fp32: norm ratio {ratio:.6f} (1 +- "
+              f"{near}), cosine {cosine:.6f} (at least {least}): " + ("they agree" if good else "THEY DIFFER"))
+    if not good:
+        sys.exit(1)
+
+
+def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint | None) -> None:
+    run = resumed.run if resumed else ranks.once(lambda: checkpoint.free_run(args.out))
     torch.manual_seed(args.seed)
 
     # data (§5.1)
     if not args.sources:
         from corpora import installed_docs
-        args.sources = str(installed_docs.build())
+        args.sources = str(ranks.rank_0_first(installed_docs.build))
     args.sources = str(Path(args.sources).resolve())  # as a resumed run will look for it
-    sources = data.load_sources(args.sources)
-    k, N = args.batch_size, args.negatives if args.stage == 3 else 0
-    batches = data.SourceBatches(sources, k, args.seed, negatives=N)
+    sources = ranks.rank_0_first(lambda: data.load_sources(args.sources))
+    if args.check:
+        args.batch_size = ranks.world_size * -(-CHECK_ROWS // ranks.world_size)
+    draw = partial(data.SourceBatches, sources, args.batch_size, args.seed, negatives=args.negatives if args.stage == 3 else 0)
+    batches = draw(rank=ranks.rank, world_size=ranks.world_size)
 
     # model (§5)
     if resumed:
         encoder, tokenizer = model.load(resumed.path / "model")
     elif args.model in model.SIZES:
-        encoder, tokenizer = model.create(args.model), data.train_tokenizer(sources, VOCABULARY)
+        tokenizer = ranks.rank_0_first(lambda: data.train_tokenizer(sources, VOCABULARY))
+        encoder = model.create(args.model)
     else:
         encoder, tokenizer = model.load(args.model)
-    memory.micro_batches(tokenizer, ["a text"], args.max_length, args.micro_tokens)  # raises where the model cannot take it
+    cut = partial(memory.micro_batches, tokenizer, max_length=args.max_length)
+    cut(["a text"], micro_tokens=args.micro_tokens)  # raises where the model cannot take it
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout) and args.dropout is not None:
             module.p = args.dropout
-    encoder.to(device).train()
-
-    # losses (§5.1, §5.2)
-    if args.stage == 2:
-        loss_of = lambda e: losses.pair_loss(e[:k], e[k:], args.tau)
-    else:
-        loss_of = lambda e: losses.hard_negative_loss(e[:k], e[k : 2 * k], e[2 * k :].view(k, N, -1), args.tau)
+    encoder.to(ranks.device).train()
+    if args.check:
+        return check(ranks, args, encoder, next(batches).texts(), next(draw()).texts(), cut)
 
     # memory (§5.3)
-    dtype, reason = memory.choose_precision(args.precision, device)
-    memory.mixed_precision(encoder, dtype)
-    if args.checkpoint_layers:
-        memory.checkpoint_layers(encoder)
-
-    # optimizer, and what an earlier process left
     peak, origin = (args.lr, "--lr") if args.lr else LR_RANDOM if args.model in model.SIZES else LR_PRETRAINED
-    parameters = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=peak, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=peak,
+                                  weight_decay=args.weight_decay, fused=True)
+    engine = prepare(encoder, optimizer, args.clip, args, ranks)
+    write_model = partial(model.save, encoder, tokenizer)
+
+    # what an earlier process left
     first = 1
+    torch.manual_seed(args.seed + ranks.rank)  # a rank's dropout masks are its own
     if resumed:
         first = resumed.state["step"] + 1
         batches.load_state_dict(resumed.state["sampler"])
-        memory.set_random_state(checkpoint.restore(resumed.path, parameters, optimizer), device)
-    stop, log = checkpoint.StopSignal(), checkpoint.Metrics(run, first)
-    print(f"{run}: {sum(p.numel() for p in parameters.values()) / 1e6:.1f} M parameters, peak lr {peak:g} ({origin}), "
-          f"{str(dtype).removeprefix('torch.')} ({reason})", flush=True)
-    if device.type == "cpu" and dtype == torch.float32 and args.model == "tiny":
-        print("without bf16 units a step takes long; shorter: python train.py --batch-size 1024 --steps 30", flush=True)
+        moments, random_states = checkpoint.restore(resumed.path)
+        engine.load_moments(moments)
+        engine.scaling.scale = resumed.state["loss_scale"]
+        if len(random_states) == ranks.world_size:
+            memory.set_random_state(random_states[ranks.rank], ranks.device)
+        else:
+            ranks.say(f"{run} had {len(random_states)} ranks, now {ranks.world_size}: all goes on but the dropout masks")
+    stop = checkpoint.StopSignal()
+    ranks.once(lambda: checkpoint.begin_metrics(run, first))
+    log = checkpoint.Metrics(run, writes=ranks.rank == 0)
+    ranks.say(f"{run}: peak lr {peak:g} ({origin})")
 
     # loop
     if not resumed:
-        log(step=0, evaluation=held_out_scores(encoder, tokenizer, sources, args))
+        log(step=0, evaluation=held_out_scores(engine.model, tokenizer, sources, args))
     warmup, eval_every = max(1, round(args.warmup * args.steps)), args.eval_every or -(-args.steps // 2)
-    bar = tqdm(range(first, args.steps + 1), initial=first - 1, total=args.steps, unit="step")
+    bar = tqdm(range(first, args.steps + 1), initial=first - 1, total=args.steps, unit="step", disable=ranks.rank > 0)
     for step in bar:
         clock = time.perf_counter()
         batch = next(batches)
-        micro_batches = memory.micro_batches(tokenizer, batch.texts(), args.max_length, args.micro_tokens)
-        loss, embeddings = memory.backward(encoder, micro_batches, loss_of)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip)
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        micro_batches = cut(batch.texts(), micro_tokens=args.micro_tokens)
+        loss, accuracy = engine.backward(micro_batches, partial(step_loss, args=args, ranks=ranks))
+        lr = peak * min(step / warmup, (args.steps + 1 - step) / max(1, args.steps + 1 - warmup))
+        grad_norm = engine.step(lr)  # nothing changes where it is not finite
+
+        tokens, padded = sum(int(m.attention_mask.sum()) for m in micro_batches), sum(m.input_ids.numel() for m in micro_batches)
+        loss, accuracy, tokens, padded, stopped = ranks.total(loss.item(), accuracy, tokens, padded, stop.name is not None)
+        loss, accuracy = loss / ranks.world_size, accuracy / ranks.world_size
+        if not math.isfinite(loss) or engine.scaling.scale < 1:
             raise FloatingPointError(f"step {step}, source {batch.source}: loss {loss:g}, gradient norm {grad_norm:g}; "
                                      f"the checkpoints in {run} are as they were; a lower --lr may help")
-        lr = peak * min(step / warmup, (args.steps + 1 - step) / max(1, args.steps + 1 - warmup))
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-
-        accuracy = evaluate.in_batch_accuracy(embeddings[:k], embeddings[k : 2 * k])
-        tokens = sum(int(m.attention_mask.sum()) for m in micro_batches)
-        padded_tokens = sum(m.input_ids.numel() for m in micro_batches)
         seconds = time.perf_counter() - clock
-        log(step=step, loss=loss.item(), accuracy=accuracy, source=batch.source, lr=lr, grad_norm=grad_norm.item(),
-            tokens=tokens, padding=1 - tokens / padded_tokens, seconds=seconds, pairs_per_second=k / seconds,
+        log(step=step, loss=loss, accuracy=accuracy, source=batch.source, rows=batch.digest, lr=lr,
+            grad_norm=grad_norm if math.isfinite(grad_norm) else None, skipped=engine.scaling.skipped, tokens=int(tokens),
+            padding=1 - tokens / padded, seconds=seconds, pairs_per_second=args.batch_size / seconds,
             micro_batches=len(micro_batches), dropped=batch.dropped)
-        bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}", pairs_per_s=f"{k / seconds:.0f}", source=batch.source)
+        bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}", pairs_per_s=f"{args.batch_size / seconds:.0f}",
+                        source=batch.source, **{"skipped": engine.scaling.skipped} if engine.scaling.skipped else {})
         if step == first:
             end = time.strftime("%H:%M", time.localtime(time.time() + seconds * (args.steps - step)))
-            bar.write(f"the first step took {seconds:.1f} s: expect the end about {end}, evaluations aside")
+            ranks.say(f"the first step took {seconds:.1f} s: expect the end about {end}, evaluations aside")
         if step % eval_every == 0 or step == args.steps:
-            log(step=step, evaluation=held_out_scores(encoder, tokenizer, sources, args))
-        if step % args.save_every == 0 or step == args.steps or stop.name:
-            state = {"step": step, "args": vars(args), "sampler": batches.state_dict()}
-            checkpoint.save(run, state, lambda part: model.save(encoder, tokenizer, part), parameters, optimizer,
-                            memory.random_state(device))
-        if stop.name and step < args.steps:
+            log(step=step, evaluation=held_out_scores(engine.model, tokenizer, sources, args))
+        if step % args.save_every == 0 or step == args.steps or stopped:
+            state = {"step": step, "args": vars(args), "sampler": batches.state_dict(), "loss_scale": engine.scaling.scale}
+            moments, random_states = engine.moments(), ranks.all(memory.random_state(ranks.device))
+            with engine.whole():
+                ranks.once(lambda: checkpoint.save(run, state, write_model, moments, random_states))
+        if stopped and step < args.steps:
             bar.close()
-            print(f"{stop.name}: saved and stopped after step {step} of {args.steps}; "
-                  f"python train.py --resume --out {run} goes on")
-            return
-    checkpoint.publish(run / "model", lambda part: model.save(encoder, tokenizer, part))
-    report(run, log.evaluations(), isinstance(encoder.backbone, model.JinaBertModel))
+            return ranks.say(f"{stop.name or 'another rank was told to stop'}: saved and stopped after step {step} of "
+                             f"{args.steps}; python train.py --resume --out {run} goes on")
+    with engine.whole():
+        ranks.once(lambda: checkpoint.publish(run / "model", write_model))
+    if ranks.rank == 0:
+        report(run, log.evaluations(), isinstance(encoder.backbone, model.JinaBertModel))
 
 
 def report(run: Path, evaluations: list[dict], jina: bool) -> None:
@@ -203,13 +271,24 @@ def report(run: Path, evaluations: list[dict], jina: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    ranks, status = Ranks(), 0
     try:
-        train(*parse_arguments(argv))
-    except FloatingPointError as error:
-        sys.exit(f"train.py: {error}")
-    except (OSError, ValueError) as error:  # bad input: one line, and nothing of a former run touched
-        print("train.py:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        train(ranks, *parse_arguments(argv))
+    except (FloatingPointError, OSError, ValueError) as error:  # one line, and nothing of a former run touched
+        status = 1 if isinstance(error, FloatingPointError) else 2
+        if ranks.rank == 0:
+            print("train.py:", " ".join(str(error).split()), file=sys.stderr)
+    except RuntimeError:
+        lost = ranks.lost()
+        if not lost:
+            raise
+        status = 1
+        if ranks.rank == min(set(range(ranks.world_size)) - set(lost)):
+            print(f"train.py: lost rank {', '.join(map(str, lost))}; the last checkpoint is as it was, and --resume goes on "
+                  f"from there", file=sys.stderr)
+    ranks.leave()
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""The processes of one training run: what they tell each other, and how the rows of one reach the losses of all.
+
+Nothing here knows about models, losses or optimizers. Axis letters: W ranks, b rows of one rank.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+
+class Gather(torch.autograd.Function):
+    """(b, ...) of every rank -> (W b, ...), in the order of the ranks. Backward: every rank has a gradient of all W b rows
+    for its own loss; a rank gets back the *sum* over ranks of those of its own rows."""
+
+    @staticmethod
+    def forward(ctx, own: Tensor, world_size: int) -> Tensor:
+        ctx.shape = own.shape
+        rows = own.new_empty(world_size * len(own), *own.shape[1:])
+        dist.all_gather_single(rows, own.contiguous())
+        return rows
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        own = gradient.new_empty(ctx.shape)
+        dist.reduce_scatter_single(own, gradient.contiguous())
+        return own, None
+
+
+class Ranks:
+    """The processes of a run, as torchrun or the deepspeed launcher started them; without a launcher this process alone."""
+
+    def __init__(self, alone: bool = False):
+        self.launched = "RANK" in os.environ and not alone
+        self.rank, self.world_size = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE")) if self.launched else (0, 1)
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.launched:
+            self.store = next(dist.rendezvous("env://"))[0]
+            self.join(self.store)
+            threading.Thread(target=self._beat, daemon=True).start()
+
+    def join(self, store: dist.Store) -> None:
+        forever = timedelta(days=1)  # others wait while rank 0 builds an index or writes; who is dead, the launcher knows
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=forever)
+        self.messages = dist.new_group(backend="gloo", timeout=forever)
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def say(self, line: str) -> None:
+        if self.rank == 0:
+            tqdm.write(line)
+
+    def gather(self, own: Tensor) -> Tensor:
+        """(b, ...) -> (W b, ...), differentiable: one all-gather, and one reduce-scatter on the way back."""
+        return Gather.apply(own, self.world_size) if self.world_size > 1 else own
+
+    def total(self, *values: float) -> list[float]:
+        """The sums over ranks."""
+        values = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.messages)
+        return values.tolist()
+
+    def all(self, value: object) -> list:
+        """Every rank's `value`, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            values *= self.world_size
+            dist.all_gather_object(values, value, group=self.messages)
+        return values
+
+    def once(self, call: Callable):
+        """What call() gives on rank 0, on every rank. Where it raises OSError or ValueError, every rank does."""
+        result = error = None
+        if self.rank == 0:
+            try:
+                result = call()
+            except (OSError, ValueError) as caught:
+                error = caught
+        result, error = self.all((result, error))[0]
+        if error:
+            raise error
+        return result
+
+    def rank_0_first(self, call: Callable):
+        """call() on rank 0, then on the others: what it builds on disk, they find."""
+        own = []
+        self.once(lambda: own.append(call()))
+        return own[0] if own else call()
+
+    def _beat(self) -> None:
+        with contextlib.suppress(RuntimeError):  # whoever held the store is gone
+            while True:
+                self.store.add(f"beats of {self.rank}", 1)
+                time.sleep(1)
+
+    def lost(self) -> list[int]:
+        """The ranks whose process is gone, asked when something has gone wrong: those that have not beaten for 4 seconds."""
+        if self.world_size == 1:
+            return []
+        try:
+            before = [self.store.add(f"beats of {r}", 0) for r in range(self.world_size)]
+            time.sleep(4)
+            after = [self.store.add(f"beats of {r}", 0) for r in range(self.world_size)]
+        except RuntimeError:  # rank 0 may hold the store
+            return [0]
+        return [r for r in range(self.world_size) if before[r] == after[r]]
