@@ -101,13 +101,14 @@ def newest(out: str | None) -> Checkpoint:
     run = Path(out or Path("runs", max(numbered(), key=int, default="")))
     found = complete(run)
     if not found:
-        raise FileNotFoundError(f"--resume: {run} holds no complete checkpoint; begin anew, with another --out or none")
+        raise FileNotFoundError(f"--resume: {run} holds no complete checkpoint; remove it and begin anew, or take another --out")
     path, advice = found[-1], "remove that folder to go on from the checkpoint before it"
     try:
         state = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        files = state["files"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / 'state.json'}: does not open ({error}); {advice}") from None
-    for name, size in state["files"].items():
+    for name, size in files:
         there = (path / name).stat().st_size if (path / name).is_file() else 0
         if there != size:
             raise ValueError(f"{path / name}: truncated, {there} of {size} bytes; {advice}")
@@ -143,10 +144,12 @@ def begin_metrics(run: Path, first: int) -> None:
     """Makes run/metrics.jsonl, or cuts off its lines from step `first` on: a resumed run takes those steps again."""
     path = run / "metrics.jsonl"
     run.mkdir(parents=True, exist_ok=True)
-    if first == 1:
-        path.open("x").close()  # raises FileExistsError if another run has begun here in the meantime
+    try:
+        path.open("x" if first == 1 else "a").close()
+    except FileExistsError:
+        raise FileExistsError(f"{path}: another run has begun there in the meantime; start this one again") from None
     lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < first]
     part = path.with_suffix(".part")
     part.write_text("".join(kept))
     os.replace(part, path)

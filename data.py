@@ -13,9 +13,9 @@ hashes of its texts). Batches are decided on the hashes, and a text is read only
 import gzip
 import json
 import shutil
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import blake2b
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,22 +24,12 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizer
 
 from checkpoint import publish
+from formats import Row, key, read_lines, read_rows, records
 
 EVAL_TARGETS = 1000  # Ours: held-out targets per source at most, and at most one in twenty
 TOKENIZER_ROWS = 500_000  # Ours: more rows than this change a vocabulary of 30,000 very little
 ROW = np.dtype([("offset", "<u8"), ("item", "<u4"), ("negatives", "<u4"), ("first_negative", "<u8"),
                 ("query", "<u8"), ("positive", "<u8")])  # a change here, or in `records`, wants another .cache/v1
-
-QUERY = ("query", "anchor", "question", "sentence1")
-POSITIVE = ("positive", "pos", "positive_passages", "positive_ctxs", "sentence2")
-NEGATIVES = ("negatives", "negative", "neg", "negative_passages", "hard_negative_ctxs")
-
-
-class Row(NamedTuple):
-    query: str
-    positive: str
-    negatives: list[str]
-    id: int = -1  # its number in its source
 
 
 class Batch(NamedTuple):
@@ -54,80 +44,11 @@ class Batch(NamedTuple):
                 + [text for row in self.rows for text in row.negatives])
 
 
-def key(text: str) -> int:
-    """8-byte hash of a text, blind to case and white space. Among 100 million texts, two collide with p = 3e-4."""
-    return int.from_bytes(blake2b(" ".join(text.split()).casefold().encode(), digest_size=8).digest(), "little")
-
-
-# lines: the layouts that public corpora come in
-
-def text_of(part: object, name: str) -> str:
-    if isinstance(part, dict) and isinstance(part.get("text"), str):  # a passage
-        part = f"{part.get('title') or ''} {part['text']}"
-    if not isinstance(part, str):
-        raise ValueError(f'field "{name}": found {json.dumps(part)[:40]}, expected text')
-    if not part.strip():
-        raise ValueError(f'field "{name}": the text is empty; fill it in or remove the line')
-    try:
-        part.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f'field "{name}": an escape gives half of a surrogate pair, which is no text; repair it') from None
-    return part.strip()
-
-
-def records(value: object) -> list[Row]:
-    """The rows of one line's JSON value: [query, positive, negative ...]; {"set": [...]}, whose first text is the query of
-    every other; or an object with a field of QUERY, one of POSITIVE and perhaps one of NEGATIVES (sentence-transformers,
-    FlagEmbedding, Tevatron, DPR). Several positives are as many rows. Of labelled sentence pairs (SNLI, MultiNLI) only
-    "entailment" makes a row. Raises ValueError naming the field."""
-    if isinstance(value, list):
-        value = {"query": value[:1], "positive": value[1:2], "negatives": value[2:]}
-    elif isinstance(value, dict) and isinstance(value.get("set"), list):
-        value = {"query": value["set"][:1], "positive": value["set"][1:]}
-    elif not isinstance(value, dict):
-        raise ValueError(f"found {json.dumps(value)[:40]}, expected a list or an object")
-    if value.get("gold_label", "entailment") != "entailment":
-        return []
-    columns = []
-    for names in (QUERY, POSITIVE, NEGATIVES):
-        name = next((name for name in names if name in value), names[0])
-        parts = value.get(name, [])
-        columns.append([text_of(part, name) for part in (parts if isinstance(parts, list) else [parts])])
-        if names is not NEGATIVES and not columns[-1]:
-            raise ValueError(f'field "{name}" is missing or empty; a row needs a query and a target')
-    return [Row(columns[0][0], positive, columns[2]) for positive in columns[1]]
-
-
-def read_lines(path: Path, parse: Callable[[object], list] = records) -> Iterator[tuple[int, list]]:
-    """(byte offset, what `parse` makes of the JSON value) for each line of a .jsonl or .jsonl.gz file that is not empty.
-    Raises ValueError naming file, line and field."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    offset, number = 0, 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield offset, parse(json.loads(line.decode()))
-                offset += len(line)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error}); write one value a line") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}, after line {number}: broken gzip file ({error})") from None
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number}: {error}") from None
-
-
-def read_rows(path: Path | str) -> Iterator[Row]:
-    """The rows of a .jsonl or .jsonl.gz file, in order."""
-    return (row for _, rows in read_lines(Path(path)) for row in rows)
-
-
 # sources
 
 class Source:
-    """A file of pairs with a name and a sampling rate. `load_sources` sets `train`, ids of the rows to train on; `usable`,
-    the pairs that an epoch can give at most when no text stands twice; `held_out`, the rows to evaluate on."""
+    """A file of pairs with a name and a sampling rate. `load_sources` sets `train`, ids of the rows to train on, and
+    `held_out`, the rows to evaluate on."""
 
     def __init__(self, name: str, path: Path, rate: float, kind: str, eval: Path | None, cache: Path):
         self.name, self.path, self.rate, self.kind, self.eval, self.cache = name, path, rate, kind, eval, cache
@@ -144,9 +65,11 @@ class Source:
         if not len(self.index):
             raise ValueError(f"source {name}: {path} holds no pair")
         self.file = open(done / "unpacked.jsonl" if path.suffix == ".gz" else path, "rb")
-        self.fingerprint = blake2b(self.index.view("u1"), digest_size=8).hexdigest()
+        self.fingerprint = blake2b(self.index.tobytes() + self.negative_keys.tobytes(), digest_size=8).hexdigest()
 
     def _index(self, directory: Path) -> None:
+        if self.path.suffix == ".gz" or self.path.stat().st_size > 1 << 27:
+            print(f"source {self.name}: indexing and unpacking {self.path} once, into {self.cache}", flush=True)
         first = 0
         with open(directory / "rows", "wb") as rows, open(directory / "negatives", "wb") as negatives:
             for offset, line in read_lines(self.path):
@@ -156,13 +79,16 @@ class Source:
                     negatives.write(np.array([key(text) for text in row.negatives], "<u8").tobytes())
                     first += len(row.negatives)
         if self.path.suffix == ".gz":
-            print(f"source {self.name}: unpacking {self.path} once, into {self.cache}", flush=True)
             with gzip.open(self.path, "rb") as packed, open(directory / "unpacked.jsonl", "wb") as file:
                 shutil.copyfileobj(packed, file, 1 << 20)
 
     def read(self, row: int) -> Row:
         self.file.seek(int(self.index["offset"][row]))
         return records(json.loads(self.file.readline()))[int(self.index["item"][row])]._replace(id=int(row))
+
+    def usable(self, rows: np.ndarray) -> int:
+        """How many of these rows an epoch can give at most, when no text stands twice in it."""
+        return min(len(np.unique(self.index[side][rows])) for side in ("query", "positive"))
 
     def line_number(self, row: int) -> int:
         with open(self.file.name, "rb") as file:
@@ -186,7 +112,7 @@ def load_sources(manifest: Path | str) -> list[Source]:
     try:
         entries = json.loads(manifest.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{manifest}: not JSON ({error})") from None
+        raise ValueError(f"{manifest}: not JSON ({error}); a manifest is a JSON list of sources") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{manifest}: expected a list of sources, each an object with a name and a path")
     for number, entry in enumerate(entries, 1):
@@ -217,15 +143,14 @@ def load_sources(manifest: Path | str) -> list[Source]:
     for source in sources:
         source.held_out = list({key(row.query): row for row in source.held_out}.values())[:EVAL_TARGETS]
         source.held_out_keys = held_out
-        barred = [np.isin(source.index[side], np.array(list(held_out), "<u8")) for side in ("query", "positive")]
-        source.train = np.flatnonzero(~(barred[0] | barred[1]))
-        source.usable = min(len(np.unique(source.index[side][source.train])) for side in ("query", "positive"))
+        query, positive = (np.isin(source.index[side], np.array(list(held_out), "<u8")) for side in ("query", "positive"))
+        source.train = np.flatnonzero(~(query | positive))
     return sources
 
 
 # batches
 
-class SourceBatches:
+class SourceBatches(Iterator):
     """Endless iterator of source-wise batches, the same global batches for every number of ranks.
 
     batch_size: rows of the global batch; rank r gets rows r * batch_size / world_size and on. negatives: how many negatives
@@ -245,33 +170,38 @@ class SourceBatches:
         self.sources, self.batch_size, self.seed, self.negatives = sources, batch_size, seed, negatives
         self.own = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.rates = np.array([source.rate for source in sources]) / sum(source.rate for source in sources)
-        self.step, self.states, self.orders = 0, {}, {}
+        self.step, self.states, self.orders, self.rows = 0, {}, {}, {}
         for source in sources:
-            if source.usable < batch_size:
-                raise ValueError(f"source {source.name}: {source.usable} usable pairs (distinct queries and targets, hold-out "
+            rows = source.train
+            if negatives:
+                counts = source.index["negatives"][rows].astype(int)
+                if counts.min() < negatives:
+                    raise ValueError(f"{source.path}, line {source.line_number(rows[counts.argmin()])}: {counts.min()} "
+                                     f"negatives, but --negatives {negatives}; lower it, or mine more")
+                barred = np.isin(source.negative_keys, np.array(list(source.held_out_keys), "<u8"))
+                before, first = np.concatenate([[0], barred.cumsum()]), source.index["first_negative"][rows].astype(int)
+                rows = rows[counts - (before[first + counts] - before[first]) >= negatives]
+                if rank == 0 and len(rows) < len(source.train):
+                    print(f"source {source.name}: {len(source.train) - len(rows)} of {len(source.train)} rows are left out: fewer "
+                          f"than {negatives} of their negatives are not held out")
+            if source.usable(rows) < batch_size:
+                raise ValueError(f"source {source.name}: {source.usable(rows)} usable pairs (distinct queries and targets, hold-out "
                                  f"aside), but --batch-size {batch_size}; lower it, or merge the source with another")
-            counts = source.index["negatives"][source.train]
-            if negatives and counts.min() < negatives:
-                line = source.line_number(source.train[counts.argmin()])
-                raise ValueError(f"{source.path}, line {line}: {counts.min()} negatives, but --negatives {negatives}; "
-                                 f"lower it, or mine more")
-            self.states[source.name] = {"epoch": 0, "cursor": 0, "waiting": []}
-
-    def __iter__(self):
-        return self
+            self.states[source.name], self.rows[source.name] = {"epoch": 0, "cursor": 0, "waiting": []}, rows
 
     def __next__(self) -> Batch:
         source = self.sources[np.random.default_rng([self.seed, self.step]).choice(len(self.sources), p=self.rates)]
         self.step += 1
         state, dropped = self.states[source.name], 0
-        picked = self._fill(source, state)
-        if len(picked) < self.batch_size:
-            dropped = len(picked) + len(state["waiting"])
-            state.update(epoch=state["epoch"] + 1, cursor=0, waiting=[])
+        for _ in range(10):  # how many rows of an epoch fit together depends on its order
             picked = self._fill(source, state)
-            if len(picked) < self.batch_size:
-                raise ValueError(f"source {source.name}: a whole epoch gives {len(picked)} rows that fit together (no query or "
-                                 f"positive twice, none among the negatives), but --batch-size {self.batch_size}; lower it")
+            if len(picked) == self.batch_size:
+                break
+            dropped += len(picked) + len(state["waiting"])
+            state.update(epoch=state["epoch"] + 1, cursor=0, waiting=[])
+        else:
+            raise ValueError(f"source {source.name}: a whole epoch gives {len(picked)} rows that fit together (no query or "
+                             f"positive twice, none among the negatives), but --batch-size {self.batch_size}; lower it")
         rows = [(source.read(row), chosen) for row, chosen in picked[self.own]]
         rows = [row._replace(negatives=[row.negatives[j] for j in chosen]) for row, chosen in rows]
         return Batch(source.name, rows, dropped, f"{key(str([row for row, _ in picked])):016x}")
@@ -280,16 +210,18 @@ class SourceBatches:
         """Takes (row, which of its negatives) for a batch: those that wait first, then on from the cursor."""
         if self.orders.get(source.name, (None,))[0] != state["epoch"]:
             rng = np.random.default_rng([self.seed, key(source.name), state["epoch"]])
-            self.orders[source.name] = state["epoch"], rng.permutation(source.train)
+            self.orders[source.name] = state["epoch"], rng.permutation(self.rows[source.name])
         order = self.orders[source.name][1]
         picked, waiting, queries, positives, negatives = [], [], set(), set(), set()
         block = np.array(state["waiting"], int)
         while True:
             texts = (source.index[side][block].tolist() for side in ("query", "positive"))
             for row, query, positive in zip(block.tolist(), *texts):
+                if len(picked) == self.batch_size or query in queries or positive in positives or positive in negatives:
+                    waiting.append(row)
+                    continue
                 chosen, keys = self._negatives(source, row, positive, state["epoch"])
-                if (len(picked) == self.batch_size or query in queries or positive in positives or positive in negatives
-                        or not keys.isdisjoint(positives) or len(chosen) < (self.negatives or 0)):
+                if not keys.isdisjoint(positives) or len(chosen) < (self.negatives or 0):  # too few: its positive is among them
                     waiting.append(row)
                     continue
                 picked.append((row, chosen))
@@ -324,7 +256,10 @@ class SourceBatches:
         """Goes on where `state` was taken. Raises ValueError when it was taken of other batches."""
         for what, now in self.state_dict().items():
             if what not in ("step", "sources") and state.get(what) != now:
-                raise ValueError(f"the checkpoint was made with another {what}: {state.get(what)}, now {now}")
+                then = state.get(what)
+                if what == "corpus":  # [name, rate, rows, fingerprint] per source; name the first that differs
+                    then, now = next(pair for pair in zip_longest(then or [], now) if pair[0] != pair[1])
+                raise ValueError(f"the checkpoint was made with another {what}: {then}, now {now}")
         self.step, self.states = state["step"], {name: dict(saved) for name, saved in state["sources"].items()}
 
 

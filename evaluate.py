@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import data
+import formats
 import memory
 import model
 
@@ -147,10 +147,10 @@ def embed(encoder, tokenizer, texts: list[str], max_length: int, micro_tokens: i
 def retrieval(encoder, tokenizer, pairs, max_length: int, micro_tokens: int) -> dict:
     """Search for the positive of every query among the positives of all. pairs: rows with .query and .positive.
 
-    Targets equal but for case and white space (`data.key`) are one candidate, or a copy of the right answer would stand
+    Targets equal but for case and white space (`formats.key`) are one candidate, or a copy of the right answer would stand
     there as a wrong one. A query with several targets counts once for each, and the others count as wrong.
     """
-    keys = np.array([data.key(pair.positive) for pair in pairs], "u8")
+    keys = np.array([formats.key(pair.positive) for pair in pairs], "u8")
     _, first, own = np.unique(keys, return_index=True, return_inverse=True)
     q = embed(encoder, tokenizer, [pair.query for pair in pairs], max_length, micro_tokens)
     p = embed(encoder, tokenizer, [pairs[i].positive for i in first], max_length, micro_tokens)
@@ -183,7 +183,7 @@ def read_fields(path: str, **fields: str) -> list[tuple]:
     one of KINDS.
     Raises ValueError naming file, line and field."""
     def check(value, name):
-        value = data.text_of(value, name) if isinstance(value, str) else value
+        value = formats.text_of(value, name) if isinstance(value, str) else value
         if type(value) not in KINDS[fields[name]] or isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f'field "{name}": found {json.dumps(value)[:40]}, expected {fields[name]}')
         return str(value) if str in KINDS[fields[name]] else value
@@ -194,7 +194,7 @@ def read_fields(path: str, **fields: str) -> list[tuple]:
             raise ValueError(f"found {json.dumps(value)[:40]}, expected a list or an object")
         return [tuple(check(value.get(name), name) for name in fields)]
 
-    return [row for _, rows in data.read_lines(Path(path), parse) for row in rows]
+    return [row for _, rows in formats.read_lines(Path(path), parse) for row in rows]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--max-length is at least 3, [CLS], a token and [SEP], and --micro-tokens at least 1")
     try:
         if "pairs" in args:
-            path, measure, rows = args.pairs, retrieval, list(data.read_rows(args.pairs))
+            path, measure, rows = args.pairs, retrieval, list(formats.read_rows(args.pairs))
         elif "scored" in args:
             path, measure = args.scored, similarity
             rows = read_fields(path, sentence1="text", sentence2="text", score="a finite number")

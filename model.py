@@ -256,7 +256,8 @@ def save(encoder: PooledEncoder, tokenizer: transformers.PreTrainedTokenizerBase
     directory, backbone = Path(directory), encoder.backbone
     transformers.utils.logging.disable_progress_bar()
     backbone.save_pretrained(directory)
-    tokenizer.backend_tokenizer.no_truncation()  # else tokenizer.json would cut everybody's texts at the last --max-length
+    if hasattr(tokenizer, "backend_tokenizer"):  # a few have none
+        tokenizer.backend_tokenizer.no_truncation()  # else tokenizer.json would cut everybody's texts at the last --max-length
     tokenizer.save_pretrained(directory)
     if isinstance(backbone, JinaBertModel):
         # Text Embeddings Inference picks the architecture by `_name_or_path`; transformers 5 drops that field, writes

@@ -17,6 +17,7 @@ import pytest
 from transformers import BertTokenizer
 
 import data
+import formats
 import memory
 
 
@@ -79,7 +80,7 @@ def test_every_line_format_gives_its_rows(tmp_path, suffix):
     """Each format once in one file. Read in order, and read by number, both give the concatenation of the table."""
     expected = [row for _, rows in FORMATS.values() for row in rows]
     source, = corpus(tmp_path, suffix=suffix, a=[line for line, _ in FORMATS.values()])
-    assert [row[:3] for row in data.read_rows(tmp_path / f"a{suffix}")] == expected
+    assert [row[:3] for row in formats.read_rows(tmp_path / f"a{suffix}")] == expected
     assert [source.read(i) for i in range(len(expected))] == [(*row, i) for i, row in enumerate(expected)]
 
 
@@ -88,7 +89,7 @@ def test_the_data_config_of_sentence_transformers_is_a_manifest(tmp_path):
     write(tmp_path / "a.jsonl.gz", pairs("a", 3)), write(tmp_path / "b.jsonl", pairs("b", 2))
     config = b'[{"name": "a.jsonl.gz", "lines": 3, "weight": 30}, {"name": "b.jsonl", "lines": 2, "weight": 12}]'
     sources = data.load_sources(write(tmp_path / "data_config.json", config))
-    assert [(source.name, source.rate, source.usable) for source in sources] == [("a.jsonl.gz", 30, 3), ("b.jsonl", 12, 2)]
+    assert [(source.name, source.rate, source.usable(source.train)) for source in sources] == [("a.jsonl.gz", 30, 3), ("b.jsonl", 12, 2)]
 
 
 BAD_LINES = {
@@ -293,16 +294,33 @@ def test_negatives_are_drawn_by_the_seed_and_anew_each_epoch(tmp_path):
     assert not any(row.negatives for row in next(data.SourceBatches(sources, 6, 0, negatives=0)).rows)
 
 
-def test_neither_a_held_out_target_nor_the_own_positive_is_a_negative(tmp_path):
-    """b holds out h. Of a0's negatives {h, own positive, n, m} two are left; a1's {h, n} is one too few: it never comes, and
-    is the one row dropped each epoch."""
+def test_neither_a_held_out_target_nor_the_own_positive_is_a_negative(tmp_path, capsys):
+    """b holds out h. Of a0's negatives {h, own positive, n, m} two are left; a1's {h, n} is one too few: the row is left
+    out, which is said once, and no epoch drops anything."""
     write(tmp_path / "eval.jsonl", [["?", "h"]])
     sources = corpus(tmp_path, {"b": {"eval": "eval.jsonl"}}, b=pairs("b", 3),
                      a=[["a0", "a0+", " H", "A0+ ", "n", "m"], ["a1", "a1+", "h", "n"], ["a2", "a2+", "n", "k"]])
     batches = data.SourceBatches(sources[1:], 1, seed=0, negatives=2)
     seen = [next(batches) for _ in range(20)]
     assert {(batch.rows[0].query, *batch.rows[0].negatives) for batch in seen} == {("a0", "n", "m"), ("a2", "n", "k")}
-    assert [batch.dropped for batch in seen] == [0, 0] + [1, 0] * 9
+    assert [batch.dropped for batch in seen] == [0] * 20
+    assert capsys.readouterr().out == "source a: 1 of 3 rows are left out: fewer than 2 of their negatives are not held out\n"
+
+
+def test_an_epoch_whose_order_does_not_fill_a_batch_is_passed_over(tmp_path):
+    """Rows (x,1) (x,2) (y,2): a batch of 2 is x1 with y2; in an order that begins with x2 both others collide with it. An
+    epoch gives one batch or none; the run goes on, and what it dropped is counted: 3 per epoch without a batch, else 1."""
+    sources = corpus(tmp_path, a=[["x", "1"], ["x", "2"], ["y", "2"]])
+    seen = [next(batches) for batches in [data.SourceBatches(sources, 2, seed=0)] for _ in range(30)]
+    assert {frozenset((row.query, row.positive) for row in batch.rows) for batch in seen} == {frozenset([("x", "1"), ("y", "2")])}
+    assert {batch.dropped % 3 for batch in seen[1:]} == {1} and max(batch.dropped for batch in seen) > 3
+
+
+def test_rows_that_say_they_do_not_belong_together_are_refused(tmp_path):
+    """Hugging Face's SNLI has `label` 2 for a contradiction, STS a `score`: neither is a pair to train on as it stands."""
+    for label in ("label", "score"):
+        write(tmp_path / "a.jsonl", [{"sentence1": "q", "sentence2": "p", label: 0}])
+        assert f'line 1: field "{label}": only "gold_label"' in refusal(lambda: list(formats.read_rows(tmp_path / "a.jsonl")))
 
 
 # hold-out
@@ -322,9 +340,9 @@ def test_held_out_are_five_percent_of_the_targets_and_no_source_trains_on_them(t
     c = [line for line in lines if line[1] not in held_out][:10] + [["x", f"  {held_out.copy().pop().upper()} "]]
     a, b, c = corpus(tmp_path, a=lines, b=[[q, t.upper().replace(" ", " \t")] for q, t in lines], c=c)
     assert {row.positive for row in a.held_out} == {normal(row.positive) for row in b.held_out} == held_out
-    assert (a.usable, b.usable, c.usable, c.held_out) == (95, 95, 10, [])
+    assert (*(s.usable(s.train) for s in (a, b, c)), c.held_out) == (95, 95, 10, [])
     for source in (a, b, c):
-        assert len(trained_on(source)) == source.usable and not held_out & set(map(normal, trained_on(source)))
+        assert len(trained_on(source)) == source.usable(source.train) and not held_out & set(map(normal, trained_on(source)))
 
 
 def test_a_held_out_target_is_no_query_in_training_either(tmp_path):
@@ -409,7 +427,7 @@ def test_a_file_is_indexed_once_and_anew_when_it_changed(tmp_path, capsys, monke
     corpus(tmp_path, suffix=".jsonl.gz", a=pairs("a", 3))
     assert capsys.readouterr().out.count("\n") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(data, "records", None)  # nothing is parsed the second time
+        patch.setattr(data, "read_lines", None)  # nothing is parsed the second time
         data.load_sources(tmp_path / "m.json")
     assert capsys.readouterr().out == ""
     sources = corpus(tmp_path, suffix=".jsonl.gz", a=pairs("b", 3))
@@ -423,7 +441,7 @@ def test_files_whose_paths_differ_by_case_are_two_files(tmp_path):
     if (tmp_path / "d").samefile(tmp_path / "D"):
         pytest.skip("this file system does not tell them apart")
     manifest = write(tmp_path / "m.json", b'[{"name": "l", "path": "d/a.jsonl"}, {"name": "u", "path": "D/a.jsonl"}]')
-    assert [source.index["query"][0] for source in data.load_sources(manifest)] == [data.key("lower"), data.key("upper")]
+    assert [source.index["query"][0] for source in data.load_sources(manifest)] == [formats.key("lower"), formats.key("upper")]
 
 
 def test_a_row_costs_a_few_bytes_of_memory_and_a_big_source_holds_out_a_thousand(tmp_path):
@@ -437,7 +455,7 @@ def test_a_row_costs_a_few_bytes_of_memory_and_a_big_source_holds_out_a_thousand
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert kept < 40 * 60_000
-    assert len(sources[0].held_out) == 1000 and sources[0].usable == 59_000
+    assert len(sources[0].held_out) == 1000 and sources[0].usable(sources[0].train) == 59_000
 
 
 # tokens

@@ -95,7 +95,7 @@ def test_the_same_command_gives_the_same_weights_in_the_next_free_folder(folder)
 
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_a_run_stopped_and_resumed_ends_in_bit_identical_weights(folder, monkeypatch, stage):
-    """Dropout 0.1, fp32, CPU: 6 steps at once, against 2 steps, a SIGTERM, and 4 more by `--resume` alone."""
+    """Dropout 0.1, fp32, CPU: 6 steps at once, against a SIGTERM during step 1 and 5 more by `--resume` alone."""
     flags = [*FLAGS, "--steps", "6", "--stage", stage, "--negatives", "2"]
     train.main([*flags, "--out", "whole"])
 
@@ -179,7 +179,11 @@ def test_a_loss_that_is_not_finite_names_step_and_source_and_keeps_the_checkpoin
     (["--max-length", "2"], "--max-length 2: expected 3 to"),
     (["--lr", "0"], "--lr 0.0: expected a number above 0"),
     (["--eval-every", "-1"], "--eval-every -1: expected a number above 0"),
-    (["--seed", "-1"], "--seed -1: expected 0 or more"),
+    (["--seed", "-1"], "--seed -1: expected at least 0"),
+    (["--dropout", "2"], "--dropout 2.0: expected at least 0 and less than 1"),
+    (["--warmup", "nan"], "--warmup nan: expected at least 0 and less than 1"),
+    (["--precision", "fp16"], "--precision fp16: needs a GPU"),
+    (["--zero", "4"], "--zero 4: neither 0, 1, 2, 3 nor a JSON file that opens"),
     (["--stage", "3", "--sources", ""], "--stage 3: the default sources have no negatives"),
     (["--stage", "3"], "left.jsonl, line 1: 3 negatives, but --negatives 15"),
     (["--resume"], "--resume: runs holds no complete checkpoint"),

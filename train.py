@@ -3,7 +3,7 @@
     python train.py --stage 2 --batch-size 4096
 
 composes the four other modules: source-wise batches (data.py, §5.1), the pooled encoder (model.py, §5), equations (4) and
-(5) (losses.py), large batches in little memory (memory.py, §5.3). It knows how none of them does it. On many ranks:
+(5) (losses.py), large batches in little memory (memory.py, §5.3). How they do it is theirs to know. On many ranks:
 
     torchrun --nproc_per_node 8 train.py --zero 2 --batch-size 32768
 """
@@ -11,6 +11,7 @@ composes the four other modules: source-wise batches (data.py, §5.1), the poole
 import argparse
 import copy
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpo
     add("--max-length", type=int, default=128, help="tokens per text in training (ours)")
     add = parser.add_argument_group("model.py (§5)").add_argument
     add("--model", default="tiny", help=f"directory, hub name, or {' | '.join(model.SIZES)}: random weights (tiny: ours)")
-    add("--dropout", type=float, help="unset: the model's own (0.1 in JinaBERT)")
+    add("--dropout", type=float, help="unset: the model's own (0.1 in JinaBERT, 0 in tiny)")
     add = parser.add_argument_group("memory.py (§5.3)").add_argument
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of matrix products; auto: bf16 if fast")
     add("--micro-tokens", type=int, default=8192, help="bound on the tokens of one forward pass, with padding (ours)")
@@ -84,8 +85,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpo
         value = getattr(args, flag)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: expected a number above 0")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: expected 0 or more")
+    for flag, bound in {"seed": math.inf, "dropout": 1, "warmup": 1, "weight_decay": math.inf}.items():
+        value = getattr(args, flag)
+        if value is not None and not 0 <= value < bound:
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: expected at least 0 and less than {bound}")
+    if not args.resume and args.model in model.SIZES and Path(args.model, "config.json").is_file():
+        raise ValueError(f"--model {args.model}: a size, but also a directory here; ./{args.model} means the directory")
     if args.stage == 3 and not args.sources:
         raise ValueError("--stage 3: the default sources have no negatives; --sources names some that have")
     if args.micro_tokens < args.max_length:
@@ -99,6 +104,13 @@ def held_out_scores(encoder, tokenizer, sources: list[data.Source], args: argpar
               for source in sources if source.held_out}
     names = next(iter(scores.values()), {})
     return {"mean": {name: sum(s[name] for s in scores.values()) / len(scores) for name in names}, "sources": scores}
+
+
+def relative_length(sources: list[data.Source], name: str, max_length: int) -> float:
+    """Length of the texts of source `name` against that of an average batch, by the held-out pairs at 4 letters a token."""
+    length = {s.name: sum(min(len(x), 4 * max_length) for row in s.held_out for x in row[:2]) / max(1, len(s.held_out)) or 1
+              for s in sources}
+    return length[name] * sum(s.rate for s in sources) / sum(s.rate * length[s.name] for s in sources)
 
 
 def step_loss(e: torch.Tensor, args: argparse.Namespace, ranks: Ranks) -> tuple[torch.Tensor, float]:
@@ -125,7 +137,7 @@ def prepare(encoder: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: fl
         memory.checkpoint_layers(encoder)
     engine = memory.engine(encoder, optimizer, clip, scaling, ranks, args.zero)
     ranks.say(f"{size:.1f} M parameters, {str(dtype).removeprefix('torch.')} ({reason}), {engine}")
-    if ranks.device.type == "cpu" and dtype == torch.float32 and args.model == "tiny" and not args.check:
+    if args.precision == "auto" and dtype == torch.float32 and args.model == "tiny" and args.batch_size * args.steps > 60_000:
         ranks.say("without bf16 units a step takes long; shorter: python train.py --batch-size 1024 --steps 30")
     return engine
 
@@ -239,8 +251,9 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
         bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}", pairs_per_s=f"{args.batch_size / seconds:.0f}",
                         source=batch.source, **{"skipped": engine.scaling.skipped} if engine.scaling.skipped else {})
         if step == first:
-            end = time.strftime("%H:%M", time.localtime(time.time() + seconds * (args.steps - step)))
-            ranks.say(f"the first step took {seconds:.1f} s: expect the end about {end}, evaluations aside")
+            left = seconds * (args.steps - step) / relative_length(sources, batch.source, args.max_length)
+            ranks.say(f"the first step took {seconds:.1f} s: expect the end about "
+                      f"{time.strftime('%a %H:%M', time.localtime(time.time() + left))}, evaluations aside")
         if step % eval_every == 0 or step == args.steps:
             log(step=step, evaluation=held_out_scores(engine.model, tokenizer, sources, args))
         if step % args.save_every == 0 or step == args.steps or stopped:
@@ -272,6 +285,7 @@ def report(run: Path, evaluations: list[dict], jina: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     ranks, status = Ranks(), 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the loop: what is half built is cleared away
     try:
         train(ranks, *parse_arguments(argv))
     except (FloatingPointError, OSError, ValueError) as error:  # one line, and nothing of a former run touched

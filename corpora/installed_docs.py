@@ -219,9 +219,7 @@ def pairs_of_file(text):
     """{source: [(query, target), ...]} of one Python file, in the order of the file; all empty if it does not parse."""
     pairs = {source: [] for source in QUALITY}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's escapes and comparisons
-            tree = ast.parse("" if GENERATED.search(text[:1000]) else text)
+        tree = ast.parse("" if GENERATED.search(text[:1000]) else text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: a NUL
         return pairs
     if not tree.body:
@@ -235,6 +233,11 @@ def pairs_of_file(text):
         if is_pair(source, query, target):
             pairs[source].append((query, target))
     return pairs
+
+
+def start_worker():
+    gc.disable()  # trees have no cycles: the collector would walk them for nothing, a tenth of the time
+    warnings.simplefilter("ignore")  # other people's escapes and comparisons
 
 
 def read(path):
@@ -283,10 +286,9 @@ def installed():
 def unique(files):
     """{source: pairs}: of equal and nearly equal queries the first only, and likewise of targets."""
     pairs, seen = {source: [] for source in QUALITY}, {source: (set(), set()) for source in QUALITY}
-    # spawn: train.py has imported torch by now, and to fork a process that has threads can hang. Trees have no cycles, so
-    # the garbage collector would walk them for nothing: a tenth of the time.
+    # spawn: train.py has imported torch by now, and to fork a process that has threads can hang.
     workers, context = min(os.cpu_count() or 1, PROCESSES), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=gc.disable) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
         for found in tqdm(pool.map(read, files, chunksize=16), total=len(files), unit="file", desc="installed_docs"):
             for source, rows in found.items():
                 queries, targets = seen[source]
