@@ -1,6 +1,6 @@
 """Source-wise batches (§5.1): sources with sampling rates, batches from one source at a time.
 
-    manifest -> load_sources -> [Source] -> SourceBatches -> Batch(source, rows)
+    manifest -> load_sources -> [Source] -> SourceBatches -> Batch(source, rows) -> micro_batches -> [MicroBatch]
 
 Paper: for every new batch one source is drawn at random by its sampling rate, and the batch is filled from that source
 alone; pairs inside a source are shuffled beforehand. Ours: all the rest, as the comments say. Nothing here knows about
@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from tokenizers import BertWordPieceTokenizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BertTokenizer
 
 from checkpoint import publish
@@ -279,3 +282,33 @@ def train_tokenizer(sources: list[Source], vocab_size: int) -> BertTokenizer:
         tokenizer = BertTokenizer(vocab=wordpiece.get_vocab(), model_max_length=8192)
         publish(directory, tokenizer.save_pretrained, replace=False)
     return BertTokenizer.from_pretrained(directory)
+
+
+class MicroBatch(NamedTuple):
+    index: Tensor  # (b,) which of the step's texts these are
+    input_ids: Tensor  # (b, T)
+    attention_mask: Tensor  # (b, T)
+
+
+def micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: int) -> list[MicroBatch]:
+    """Cuts a step's texts into micro-batches of at most `micro_tokens` tokens, padding included; all in one if that fits.
+
+    Ours: sorted by length (their order is free), the longest first so that memory peaks at once, and cut early where
+    more than 1/20 of a micro-batch would be padding. A single text may exceed the bound.
+    """
+    if not 3 <= max_length <= tokenizer.model_max_length:  # [CLS], one token, [SEP]
+        raise ValueError(f"--max-length {max_length}: expected 3 to {tokenizer.model_max_length} tokens for this model")
+    ids = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+    lengths = [len(x) for x in ids]
+    everything_fits = len(ids) * max(lengths) <= micro_tokens
+    chunks, width, tokens = [], 0, 0
+    for i in sorted(range(len(ids)), key=lambda i: -lengths[i]):
+        size = width * (len(chunks[-1]) + 1) if chunks else 0
+        if not chunks or not everything_fits and (size > micro_tokens or tokens + lengths[i] < 0.95 * size):
+            chunks.append([])
+            width, tokens = lengths[i], 0
+        chunks[-1].append(i)
+        tokens += lengths[i]
+    return [MicroBatch(torch.tensor(chunk),
+                       pad_sequence([torch.tensor(ids[i]) for i in chunk], True, tokenizer.pad_token_id),
+                       pad_sequence([torch.ones(lengths[i], dtype=torch.long) for i in chunk], True)) for chunk in chunks]

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import data
 import formats
-import memory
 import model
 
 TIE = 1e-6  # cosines closer than this are equal: fp32 rounding moves them by some 1e-7
@@ -132,7 +132,7 @@ def k_means(x: Tensor, k: int, seed: int, restarts: int = 3) -> Tensor:
 def embed(encoder, tokenizer, texts: list[str], max_length: int, micro_tokens: int) -> Tensor:
     """The texts' embeddings, without dropout: (M, D) float32 on CPU. Raises ValueError where one is not finite."""
     device, training = next(encoder.parameters()).device, encoder.training
-    batches = memory.micro_batches(tokenizer, texts, max_length, micro_tokens)
+    batches = data.micro_batches(tokenizer, texts, max_length, micro_tokens)
     encoder.eval()
     try:
         vectors = [encoder(b.input_ids.to(device), b.attention_mask.to(device)).float().cpu() for b in batches]

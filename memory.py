@@ -32,20 +32,14 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from data import MicroBatch
 from ranks import Ranks
-
-class MicroBatch(NamedTuple):
-    index: Tensor  # (b,) which of the step's texts these are
-    input_ids: Tensor  # (b, T)
-    attention_mask: Tensor  # (b, T)
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -139,30 +133,6 @@ def set_random_state(state: Sequence[Tensor], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if device.type == "cuda" and len(state) > 1:  # a checkpoint made on a CPU has none: dropout goes on with other masks
         torch.cuda.set_rng_state(state[1], device)
-
-
-def micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: int) -> list[MicroBatch]:
-    """Cuts a step's texts into micro-batches of at most `micro_tokens` tokens, padding included; all in one if that fits.
-
-    Ours: sorted by length (their order is free), the longest first so that memory peaks at once, and cut early where
-    more than 1/20 of a micro-batch would be padding. A single text may exceed the bound.
-    """
-    if not 3 <= max_length <= tokenizer.model_max_length:  # [CLS], one token, [SEP]
-        raise ValueError(f"--max-length {max_length}: expected 3 to {tokenizer.model_max_length} tokens for this model")
-    ids = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
-    lengths = [len(x) for x in ids]
-    everything_fits = len(ids) * max(lengths) <= micro_tokens
-    chunks, width, tokens = [], 0, 0
-    for i in sorted(range(len(ids)), key=lambda i: -lengths[i]):
-        size = width * (len(chunks[-1]) + 1) if chunks else 0
-        if not chunks or not everything_fits and (size > micro_tokens or tokens + lengths[i] < 0.95 * size):
-            chunks.append([])
-            width, tokens = lengths[i], 0
-        chunks[-1].append(i)
-        tokens += lengths[i]
-    return [MicroBatch(torch.tensor(chunk),
-                       pad_sequence([torch.tensor(ids[i]) for i in chunk], True, tokenizer.pad_token_id),
-                       pad_sequence([torch.ones(lengths[i], dtype=torch.long) for i in chunk], True)) for chunk in chunks]
 
 
 def equalise(micro_batches: Sequence[MicroBatch], count: int) -> list[MicroBatch]:

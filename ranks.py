@@ -56,6 +56,7 @@ class Ranks:
         self.messages = dist.new_group(backend="gloo", timeout=forever)
 
     def leave(self) -> None:
+        """The end of a run, or of one process's part in it."""
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -18,7 +18,6 @@ from transformers import BertTokenizer
 
 import data
 import formats
-import memory
 
 
 def pairs(name, n):
@@ -469,19 +468,19 @@ def test_micro_batches_by_hand(tokenizer):
     """w: 3 tokens with [CLS] and [SEP]; w v w: 5; six w: 8, cut to 5, the last of them [SEP]. Together 3 x 5 = 15 tokens: one
     micro-batch, longest first, equals in order. Of 14 the third does not fit. A bound of 1 still gives each text alone."""
     texts = ["w", "w v w", "w w w w w w"]
-    whole, = memory.micro_batches(tokenizer, texts, max_length=5, micro_tokens=15)
+    whole, = data.micro_batches(tokenizer, texts, max_length=5, micro_tokens=15)
     assert whole.index.tolist() == [1, 2, 0]
     assert whole.input_ids.tolist() == [[2, 5, 6, 5, 3], [2, 5, 5, 5, 3], [2, 5, 3, 0, 0]]
     assert whole.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert [m.index.tolist() for m in memory.micro_batches(tokenizer, texts, max_length=5, micro_tokens=14)] == [[1, 2], [0]]
-    assert [m.index.tolist() for m in memory.micro_batches(tokenizer, texts, max_length=5, micro_tokens=1)] == [[1], [2], [0]]
+    assert [m.index.tolist() for m in data.micro_batches(tokenizer, texts, max_length=5, micro_tokens=14)] == [[1, 2], [0]]
+    assert [m.index.tolist() for m in data.micro_batches(tokenizer, texts, max_length=5, micro_tokens=1)] == [[1], [2], [0]]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_micro_batches_hold_every_text_once_within_the_bound_with_little_padding(tokenizer, seed):
     """600 texts of 1 to 120 words (+ 2 tokens), cut at 100: about 33,000 tokens, at most 1,024 at a time."""
     words = np.random.default_rng(seed).integers(1, 121, size=600)
-    parts = memory.micro_batches(tokenizer, [" ".join(["w"] * n) for n in words], max_length=100, micro_tokens=1024)
+    parts = data.micro_batches(tokenizer, [" ".join(["w"] * n) for n in words], max_length=100, micro_tokens=1024)
     assert sorted(i for part in parts for i in part.index.tolist()) == list(range(600))
     widths = [part.input_ids.shape[1] for part in parts]
     assert widths == sorted(widths, reverse=True) and widths[0] == 100

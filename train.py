@@ -189,7 +189,7 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
         encoder = model.create(args.model)
     else:
         encoder, tokenizer = model.load(args.model)
-    cut = partial(memory.micro_batches, tokenizer, max_length=args.max_length)
+    cut = partial(data.micro_batches, tokenizer, max_length=args.max_length)
     cut(["a text"], micro_tokens=args.micro_tokens)  # raises where the model cannot take it
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout) and args.dropout is not None:

@@ -88,7 +88,7 @@ def texts_of(step: int, stage: int, rank: int = 0, world_size: int = 1) -> list[
 
 
 def cut(texts: list[torch.Tensor], size: int) -> list[memory.MicroBatch]:
-    """Micro-batches of `size` texts, the longest first, as memory.micro_batches orders them."""
+    """Micro-batches of `size` texts, the longest first, as data.micro_batches orders them."""
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     return [memory.MicroBatch(torch.tensor(chunk), pad_sequence([texts[i] for i in chunk], True),
                               pad_sequence([torch.ones_like(texts[i]) for i in chunk], True))
