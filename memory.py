@@ -24,6 +24,7 @@ the parameters' gradients over ranks: (1/W) sum_r (dE_r/dtheta)^T G_r = dL/dthet
 """
 
 import contextlib
+import ctypes
 import io
 import json
 import math
@@ -176,7 +177,14 @@ def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch], loss_of: C
     for c, ((index, _, _), micro_batch, state) in enumerate(zip(micro_batches, inputs, states), 1):
         set_random_state(state, device)
         back((encoder(*micro_batch) * embeddings.grad[index.to(device)]).sum(), c == len(inputs))
+    give_back_freed_memory()
     return loss.detach(), *more
+
+
+def give_back_freed_memory() -> None:
+    """To the system, on a CPU under glibc, which keeps it in pieces: with tensors of ever new shapes, a few GB in 30 steps."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 # optimizer steps

@@ -118,6 +118,8 @@ def crashed(folder: Path, name: str, train: list, draw: random.Random, aim: str 
         where = kill(process, run, draw, aim)
         if where is None:
             break
+        if (run / "model").is_dir():  # it had nothing left to do
+            return run, "; ".join([*story, f"killed at step {where}, when all was written"])
         saved = sorted(path.name for path in (run / "checkpoints").glob("*") if path.name.isdigit())
         story.append(f"killed at step {where}, " + (f"resumed from {int(saved[-1])}" if saved else "begun anew"))
         process = start(folder, [*train, "--out", run.name, "--resume"])

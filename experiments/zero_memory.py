@@ -19,14 +19,16 @@ import torch
 
 import memory
 import model
+from data import MicroBatch
 from ranks import Ranks
 
 KINDS = "parameters", "copy", "gradients", "moments", "buckets"
 NOTE = """
 Bytes in MB (10^6), the largest of the ranks. `copy`: under ZeRO 1 to 3, DeepSpeed steps on a copy of the rank's share of the
 parameters, also where they are fp32 already: 4/W a parameter more than the arithmetic. The rest of the difference is
-padding, and small parameters that ZeRO 3 leaves whole. `last gradient`: the gradients in the backward pass, just after the
-last one has come in, outside of the bucket. `bucket`: what DeepSpeed sets aside in backward (ZeRO 1, 2) or for good (ZeRO 3)
+padding, small parameters that ZeRO 3 leaves whole, and under ZeRO 1 and 2 the gradient of a parameter that lies across the
+border of two ranks' shares: both keep it whole. ZeRO 1 too drops the others' share of the gradients, but only when all are
+there: `last gradient` has the gradients just after the last one has come in, outside of the bucket. `bucket`: what DeepSpeed sets aside in backward (ZeRO 1, 2) or for good (ZeRO 3)
 to reduce gradients in, `reduce_bucket_size` elements, 500 million by default whatever the model. A CPU gives memory only to
 what is written in it, at most the gradients; a GPU all. A --zero JSON with a smaller one bounds it."""
 
@@ -66,7 +68,7 @@ def rank(zero: str, size: str) -> None:
     theta, last = sum(p.numel() for p in encoder.parameters()), encoder.backbone.embeddings.word_embeddings.weight
     optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)
     engine = memory.engine(encoder, optimizer, 1.0, memory.LossScale(torch.float32), ranks, zero)
-    texts = [memory.MicroBatch(torch.tensor([i]), torch.arange(1, 6)[None], torch.ones(1, 5, dtype=torch.long)) for i in (0, 1)]
+    texts = [MicroBatch(torch.tensor([i]), torch.arange(1, 6)[None], torch.ones(1, 5, dtype=torch.long)) for i in (0, 1)]
     found = {}
     last.register_post_accumulate_grad_hook(lambda _: found.update(last=count(engine)))  # of all gradients it comes last
     for _ in range(2):
