@@ -150,6 +150,8 @@ def begin_metrics(run: Path, first: int) -> None:
         raise FileExistsError(f"{path}: another run has begun there in the meantime; start this one again") from None
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < first]
+    for part in [*run.glob("*.part-*"), *run.glob("checkpoints/*.part-*")]:  # what a killed process was writing
+        shutil.rmtree(part)
     part = path.with_suffix(".part")
     part.write_text("".join(kept))
     os.replace(part, path)

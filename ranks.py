@@ -3,6 +3,7 @@
 Nothing here knows about models, losses or optimizers. Axis letters: W ranks, b rows of one rank.
 """
 
+import atexit
 import contextlib
 import os
 import threading
@@ -47,7 +48,10 @@ class Ranks:
         if self.launched:
             self.store = next(dist.rendezvous("env://"))[0]
             self.join(self.store)
-            threading.Thread(target=self._beat, daemon=True).start()
+            self.ended, beats = threading.Event(), threading.Thread(target=self._beat, daemon=True)
+            beats.start()
+            # a thread that is in the store when Python ends would abort the process, and its good status with it
+            atexit.register(lambda: (self.ended.set(), beats.join(timeout=5)))
 
     def join(self, store: dist.Store) -> None:
         forever = timedelta(days=1)  # others wait while rank 0 builds an index or writes; who is dead, the launcher knows
@@ -104,9 +108,8 @@ class Ranks:
 
     def _beat(self) -> None:
         with contextlib.suppress(RuntimeError):  # whoever held the store is gone
-            while True:
+            while not self.ended.wait(1):
                 self.store.add(f"beats of {self.rank}", 1)
-                time.sleep(1)
 
     def lost(self) -> list[int]:
         """The ranks whose process is gone, asked when something has gone wrong: those that have not beaten for 4 seconds."""
