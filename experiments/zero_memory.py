@@ -29,9 +29,9 @@ the parameters, also where they are fp32 already: 4/W a parameter more than the 
 padding, small parameters that ZeRO 3 leaves whole, and under ZeRO 1 and 2 the gradient of a parameter that lies across the
 border of two ranks' shares: both keep it whole. ZeRO 1 too drops the others' share of the gradients, but only when all are
 there: `last gradient` has the gradients just after the last one has come in, outside of the bucket. `bucket`: what
-DeepSpeed sets aside in backward (ZeRO 1, 2) or for good (ZeRO 3) to reduce gradients in, `reduce_bucket_size` elements, 500
-million by default whatever the model. A CPU gives memory only to what is written in it, at most the gradients; a GPU all. A
---zero JSON with a smaller one bounds it."""
+DeepSpeed sets aside in backward (ZeRO 1, 2) or for good (ZeRO 3) to reduce gradients in: `reduce_bucket_size` elements,
+which memory.py sets to 50 million, a tenth of DeepSpeed's default whatever the model, and a --zero JSON to what it says. A
+CPU gives memory only to what is written in it, a GPU all."""
 
 
 def arithmetic(theta: int, stage: int, world_size: int) -> float:
