@@ -101,7 +101,7 @@ def newest(out: str | None) -> Checkpoint:
     run = Path(out or Path("runs", max(numbered(), key=int, default="")))
     found = complete(run)
     if not found:
-        raise FileNotFoundError(f"--resume: {run} holds no complete checkpoint; remove it and begin anew, or take another --out")
+        raise FileNotFoundError(f"--resume: {run} holds no complete checkpoint; remove it, or begin in another --out")
     path, advice = found[-1], "remove that folder to go on from the checkpoint before it"
     try:
         state = json.loads((path / "state.json").read_text())

@@ -185,11 +185,11 @@ class SourceBatches(Iterator):
                 before, first = np.concatenate([[0], barred.cumsum()]), source.index["first_negative"][rows].astype(int)
                 rows = rows[counts - (before[first + counts] - before[first]) >= negatives]
                 if rank == 0 and len(rows) < len(source.train):
-                    print(f"source {source.name}: {len(source.train) - len(rows)} of {len(source.train)} rows are left out: fewer "
-                          f"than {negatives} of their negatives are not held out")
+                    print(f"source {source.name}: {len(source.train) - len(rows)} of {len(source.train)} rows are left out: "
+                          f"fewer than {negatives} of their negatives are not held out")
             if source.usable(rows) < batch_size:
-                raise ValueError(f"source {source.name}: {source.usable(rows)} usable pairs (distinct queries and targets, hold-out "
-                                 f"aside), but --batch-size {batch_size}; lower it, or merge the source with another")
+                raise ValueError(f"source {source.name}: {source.usable(rows)} usable pairs (distinct queries and targets, "
+                                 f"hold-out aside), but --batch-size {batch_size}; lower it, or merge the source with another")
             self.states[source.name], self.rows[source.name] = {"epoch": 0, "cursor": 0, "waiting": []}, rows
 
     def __next__(self) -> Batch:

@@ -27,7 +27,8 @@ def engine(layer, optimizer):
 
 
 def save(run, step, layer, optimizer, write_model=lambda part: part.mkdir()):
-    checkpoint.save(run, {"step": step, "sampler": {}}, write_model, engine(layer, optimizer).moments(), [[torch.get_rng_state()]])
+    moments = engine(layer, optimizer).moments()
+    checkpoint.save(run, {"step": step, "sampler": {}}, write_model, moments, [[torch.get_rng_state()]])
 
 
 def test_moments_and_random_state_come_back_by_name(tmp_path):

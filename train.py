@@ -31,7 +31,7 @@ from ranks import Ranks
 
 VOCABULARY = 30522  # entries of a tokenizer trained here: BERT's number; JinaBERT rounds it up to 30,528 embeddings
 LR_PRETRAINED = 2e-5  # Nomic Embed's; for random weights ours, 1 / width: 3.9e-3 for tiny, where 8e-3 diverges
-CHECK_ROWS, CHECK_LR = 32, 1024.0  # of --check: few rows, and a step so long that the weights' own rounding is nothing beside it
+CHECK_ROWS, CHECK_LR = 32, 1024.0  # of --check: few rows, and a step beside which the weights' own rounding is nothing
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpoint.Checkpoint | None]:
@@ -57,8 +57,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpo
                                              "these ranks, with that of plain fp32 in one process")
     add = parser.add_argument_group("the run").add_argument
     add("--steps", type=int, default=36, help="optimizer steps (ours: minutes on two CPU cores with bf16 matrix units)")
-    add("--lr", type=float, help=f"peak learning rate; unset: 1 / width for random weights (ours), {LR_PRETRAINED} for pretrained "
-                                 f"ones (Nomic Embed's)")
+    add("--lr", type=float, help=f"peak learning rate; unset: 1 / width for random weights (ours), {LR_PRETRAINED} for "
+                                 f"pretrained ones (Nomic Embed's)")
     add("--warmup", type=float, default=0.1, help="share of the steps over which the rate rises linearly; then it falls (ours)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on all parameters (Nomic Embed's)")
     add("--clip", type=float, default=1.0, help="bound on the gradient norm (Nomic Embed's)")
@@ -241,7 +241,8 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
         lr = peak * min(step / warmup, (args.steps + 1 - step) / max(1, args.steps + 1 - warmup))
         grad_norm = engine.step(lr)  # nothing changes where it is not finite
 
-        tokens, padded = sum(int(m.attention_mask.sum()) for m in micro_batches), sum(m.input_ids.numel() for m in micro_batches)
+        tokens = sum(int(m.attention_mask.sum()) for m in micro_batches)
+        padded = sum(m.input_ids.numel() for m in micro_batches)
         loss, accuracy, tokens, padded, stopped = ranks.total(loss.item(), accuracy, tokens, padded, stop.name is not None)
         loss, accuracy = loss / ranks.world_size, accuracy / ranks.world_size
         if not math.isfinite(loss) or engine.scaling.scale < 1:
