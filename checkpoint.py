@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -128,7 +129,8 @@ def restore(path: Path) -> tuple[dict[str, Tensor], list[list[Tensor]]]:
 
 
 class StopSignal:
-    """SIGTERM (a cluster's preemption) and Ctrl-C ask the run to end after the step at hand; a second one ends it at once."""
+    """SIGTERM (a cluster's preemption) and Ctrl-C ask the run to end after the step at hand. They may come twice, from the
+    system and from the launcher; a Ctrl-C two seconds later ends the run at once."""
 
     def __init__(self):
         self.name = None
@@ -136,8 +138,10 @@ class StopSignal:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, _) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        if self.name is None:
+            self.name, self.since = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() > self.since + 2:
+            raise KeyboardInterrupt
 
 
 def begin_metrics(run: Path, first: int) -> None:

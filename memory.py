@@ -32,6 +32,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -113,16 +114,7 @@ def checkpoint_layers(model: nn.Module) -> None:
     if not lists:
         raise ValueError(f"--checkpoint-layers: {type(backbone).__name__} has no list of its {layers} layers")
     for layer in lists[0]:
-        layer.forward = checkpointed(layer.forward)
-
-
-def checkpointed(forward: Callable) -> Callable:
-    def checkpointed_forward(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
-
-    return checkpointed_forward
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=True)
 
 
 def random_state(device: torch.device) -> list[Tensor]:
@@ -247,7 +239,7 @@ class Zero(OneProcess):
         # gradient_accumulation_steps: the engine would divide by it, and our passes are parts of one sum. Precision is
         # autocast inside the encoder: DeepSpeed's own would keep parameters and reductions in 16 bits.
         config = config | {
-            "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+            "train_batch_size": ranks.world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
             "gradient_clipping": clip if self.stage else 0.0,
             "fp16": {"enabled": False}, "bf16": {"enabled": False}, "torch_autocast": {"enabled": False},
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
@@ -293,7 +285,6 @@ class Zero(OneProcess):
     def load_moments(self, moments: dict[str, Tensor]) -> None:
         if self.stage == 0:
             return super().load_moments(moments)
-        from deepspeed.utils import safe_set_full_optimizer_state
         token = torch.zeros(1, 1, dtype=torch.long, device=self.ranks.device)
         self.model.set_gradient_accumulation_boundary(True)
         self.model.backward(self.model(token, token + 1).sum() * 0)
@@ -301,10 +292,18 @@ class Zero(OneProcess):
         for key, value in moments.items():
             name, kind = key.rsplit("/", 1)
             if value.dim():
-                safe_set_full_optimizer_state(self.parameters[name], value.to(self.ranks.device), kind)
+                self._set_moment(self.parameters[name], value.to(self.ranks.device), kind)
             else:
                 for state in self.optimizer.state.values():
                     state[kind].copy_(value)
+
+    def _set_moment(self, parameter: Tensor, value: Tensor, kind: str) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+        if self.stage < 3:
+            return safe_set_full_optimizer_state(parameter, value, kind)
+        share = parameter.ds_tensor.numel()  # the last rank's is padded, which DeepSpeed's setter for whole tensors forgets
+        value = nn.functional.pad(value.flatten(), (0, share * self.ranks.world_size - value.numel()))
+        safe_set_local_optimizer_state(parameter, value[share * self.ranks.rank :][:share], kind)
 
 
 def read_zero(value: str) -> dict:
@@ -316,7 +315,8 @@ def read_zero(value: str) -> dict:
         config = json.loads(Path(value).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"--zero {value}: neither 0, 1, 2, 3 nor a JSON file that opens ({error})") from None
-    if not isinstance(config, dict) or config.get("zero_optimization", {}).get("stage") not in (0, 1, 2, 3):
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
         raise ValueError(f'--zero {value}: expected {{"zero_optimization": {{"stage": 0 .. 3, ...}}, ...}}')
     return config
 

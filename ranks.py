@@ -54,15 +54,19 @@ class Ranks:
             atexit.register(lambda: (self.ended.set(), beats.join(timeout=5)))
 
     def join(self, store: dist.Store) -> None:
-        forever = timedelta(days=1)  # others wait while rank 0 builds an index or writes; who is dead, the launcher knows
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=forever)
+        forever = timedelta(days=1)  # of `messages`: the others wait while rank 0 builds an index
+        backend, timeout = ("nccl", timedelta(minutes=10)) if self.device.type == "cuda" else ("gloo", forever)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         self.messages = dist.new_group(backend="gloo", timeout=forever)
 
     def leave(self) -> None:
-        """The end of a run, or of one process's part in it."""
+        """Only where all do: NCCL's end waits for every rank."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def is_first_to_fail(self) -> bool:
+        """True once: one rank says what was wrong."""
+        return not self.launched or self.store.add("failures", 1) == 1
 
     def say(self, line: str) -> None:
         if self.rank == 0:

@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_names_step_and_source_and_keeps_the_checkpoin
     (["--max-length", "2"], "--max-length 2: expected 3 to"),
     (["--lr", "0"], "--lr 0.0: expected a number above 0"),
     (["--eval-every", "-1"], "--eval-every -1: expected a number above 0"),
-    (["--seed", "-1"], "--seed -1: expected at least 0"),
+    (["--seed", "-1"], "--seed -1: expected 0 or more"),
     (["--dropout", "2"], "--dropout 2.0: expected at least 0 and less than 1"),
     (["--warmup", "nan"], "--warmup nan: expected at least 0 and less than 1"),
     (["--precision", "fp16"], "--precision fp16: needs a GPU"),

@@ -34,7 +34,7 @@ LR_PRETRAINED = 2e-5  # Nomic Embed's; for random weights ours, 1 / width: 3.9e-
 CHECK_ROWS, CHECK_LR = 32, 1024.0  # of --check: few rows, and a step beside which the weights' own rounding is nothing
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpoint.Checkpoint | None]:
+def parse_arguments(argv: list[str] | None, ranks: Ranks) -> tuple[argparse.Namespace, checkpoint.Checkpoint | None]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("losses.py (§5.1, §5.2)").add_argument
     add("--stage", type=int, choices=(2, 3), default=2, help="2: pairs, equation (4); 3: with negatives, equation (5)")
@@ -54,7 +54,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpo
     add("--zero", metavar="STAGE", help="DeepSpeed ZeRO stage 0, 1, 2 or 3, or a DeepSpeed JSON file that names one; unset: "
                                         "plain torch in one process, stage 2 (Jina Embeddings v1's) under a launcher")
     add("--check", action="store_true", help="do not train, but compare the gradient of a small batch, with these flags on "
-                                             "these ranks, with that of plain fp32 in one process")
+                                             "these ranks (in many micro-batches, without dropout), with that of plain fp32 "
+                                             "in one process and one pass")
     add = parser.add_argument_group("the run").add_argument
     add("--steps", type=int, default=36, help="optimizer steps (ours: minutes on two CPU cores with bf16 matrix units)")
     add("--lr", type=float, help=f"peak learning rate; unset: 1 / width for random weights (ours), {LR_PRETRAINED} for "
@@ -71,7 +72,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpo
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment has it too
     args, resumed = parser.parse_args(argv), None
     if args.resume:
-        resumed = checkpoint.newest(args.out)
+        resumed = ranks.once(lambda: checkpoint.newest(args.out))
         parser.set_defaults(**resumed.state["args"])
         args = parser.parse_args(argv)
         if resumed.state["step"] >= args.steps and (resumed.run / "model").is_dir():
@@ -80,14 +81,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, checkpo
         if (args.model, args.stage) != (resumed.state["args"]["model"], resumed.state["args"]["stage"]):
             raise ValueError(f"--resume: {resumed.run} has another --model or --stage; --model {resumed.run / 'model'} without "
                              f"--resume begins a new run with its model")
-    for flag in ("batch_size", "micro_tokens", "steps", "save_every", "eval_every", "negatives", "tau", "clip", "lr"):
-        value = getattr(args, flag)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: expected a number above 0")
-    for flag, bound in {"seed": math.inf, "dropout": 1, "warmup": 1, "weight_decay": math.inf}.items():
-        value = getattr(args, flag)
-        if value is not None and not 0 <= value < bound:
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: expected at least 0 and less than {bound}")
+    above_0 = "batch_size", "micro_tokens", "steps", "save_every", "eval_every", "negatives", "tau", "clip", "lr"
+    for flags, good, expected in ((above_0, lambda x: 0 < x < math.inf, "a number above 0"),
+                                  (("seed", "weight_decay"), lambda x: 0 <= x < math.inf, "0 or more"),
+                                  (("dropout", "warmup"), lambda x: 0 <= x < 1, "at least 0 and less than 1")):
+        for flag in flags:
+            if getattr(args, flag) is not None and not good(getattr(args, flag)):
+                raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {expected}")
     if not args.resume and args.model in model.SIZES and Path(args.model, "config.json").is_file():
         raise ValueError(f"--model {args.model}: a size, but also a directory here; ./{args.model} means the directory")
     if args.stage == 3 and not args.sources:
@@ -136,7 +136,8 @@ def prepare(encoder: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: fl
         memory.checkpoint_layers(encoder)
     engine = memory.engine(encoder, optimizer, clip, scaling, ranks, args.zero)
     ranks.say(f"{size:.1f} M parameters, {str(dtype).removeprefix('torch.')} ({reason}), {engine}")
-    if args.precision == "auto" and dtype == torch.float32 and args.model == "tiny" and args.batch_size * args.steps > 60_000:
+    slow = args.precision == "auto" and dtype == torch.float32 and ranks.device.type == "cpu" and args.model == "tiny"
+    if slow and args.batch_size * args.steps > 2 * 1024 * 30:
         ranks.say("without bf16 units a step takes long; shorter: python train.py --batch-size 1024 --steps 30")
     return engine
 
@@ -189,6 +190,9 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
         encoder = model.create(args.model)
     else:
         encoder, tokenizer = model.load(args.model)
+    same = data.key(str((batches.state_dict(), sorted(tokenizer.get_vocab().items()))))
+    if len(set(ranks.all(same))) > 1:
+        raise ValueError("the ranks see different corpora or tokenizers; they belong on a file system that all nodes share")
     cut = partial(data.micro_batches, tokenizer, max_length=args.max_length)
     cut(["a text"], micro_tokens=args.micro_tokens)  # raises where the model cannot take it
     for module in encoder.modules():
@@ -199,12 +203,9 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
         return check(ranks, args, encoder, next(batches).texts(), next(draw()).texts(), cut)
 
     # memory (§5.3)
-    if args.lr:
-        peak, origin = args.lr, "--lr"
-    elif args.model in model.SIZES:
-        peak, origin = 1 / encoder.backbone.config.hidden_size, "ours for random weights, 1 / width"
-    else:
-        peak, origin = LR_PRETRAINED, "Nomic Embed's for pretrained weights"
+    unset = ((1 / encoder.backbone.config.hidden_size, "ours for random weights, 1 / width") if args.model in model.SIZES else
+             (LR_PRETRAINED, "Nomic Embed's for pretrained weights"))
+    peak, origin = (args.lr, "--lr") if args.lr else unset
     optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=peak,
                                   weight_decay=args.weight_decay, fused=True)
     engine = prepare(encoder, optimizer, args.clip, args, ranks)
@@ -218,7 +219,9 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
         batches.load_state_dict(resumed.state["sampler"])
         moments, random_states = checkpoint.restore(resumed.path)
         engine.load_moments(moments)
-        engine.scaling.scale = resumed.state["loss_scale"]
+        del moments  # 8 bytes a parameter
+        if args.precision == resumed.state["args"]["precision"]:
+            vars(engine.scaling).update(resumed.state["loss_scale"])
         if len(random_states) == ranks.world_size:
             memory.set_random_state(random_states[ranks.rank], ranks.device)
         else:
@@ -262,10 +265,11 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
         if step % eval_every == 0 or step == args.steps:
             log(step=step, evaluation=held_out_scores(engine.model, tokenizer, sources, args))
         if step % args.save_every == 0 or step == args.steps or stopped:
-            state = {"step": step, "args": vars(args), "sampler": batches.state_dict(), "loss_scale": engine.scaling.scale}
+            state = {"step": step, "args": vars(args), "sampler": batches.state_dict(), "loss_scale": vars(engine.scaling)}
             moments, random_states = engine.moments(), ranks.all(memory.random_state(ranks.device))
             with engine.whole():
                 ranks.once(lambda: checkpoint.save(run, state, write_model, moments, random_states))
+            del moments
         if stopped and step < args.steps:
             bar.close()
             return ranks.say(f"{stop.name or 'another rank was told to stop'}: saved and stopped after step {step} of "
@@ -292,22 +296,22 @@ def main(argv: list[str] | None = None) -> None:
     ranks, status = Ranks(), 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the loop: what is half built is cleared away
     try:
-        train(ranks, *parse_arguments(argv))
+        train(ranks, *parse_arguments(argv, ranks))
     except (FloatingPointError, OSError, ValueError) as error:  # one line, and nothing of a former run touched
         status = 1 if isinstance(error, FloatingPointError) else 2
-        if ranks.rank == 0:
+        if ranks.is_first_to_fail():
             print("train.py:", " ".join(str(error).split()), file=sys.stderr)
-    except RuntimeError:
+    except RuntimeError as error:
         lost = ranks.lost()
         if not lost:
             raise
         status = 1
         if ranks.rank == min(set(range(ranks.world_size)) - set(lost)):
-            print(f"train.py: lost rank {', '.join(map(str, lost))}; the last checkpoint is as it was, and --resume goes on "
-                  f"from there", file=sys.stderr)
-    ranks.leave()
+            print(f"train.py: lost rank {', '.join(map(str, lost))} ({str(error).split(chr(10))[0]}); the checkpoints are as they "
+                  f"were, and --resume goes on from the last", file=sys.stderr)
     if status:
         sys.exit(status)
+    ranks.leave()
 
 
 if __name__ == "__main__":

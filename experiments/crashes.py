@@ -29,7 +29,7 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c d e f g h i j".split()
 STEPS, SAVE_EVERY = 60, 4
 CHECKPOINT, MODEL = "checkpoints/*.part-*", "model.part-*"  # what a kill is aimed at
-FLAGS = ["--sources", "sources.json", "--model", "toy", "--batch-size", "16", "--micro-tokens", "128", "--precision", "fp32",
+FLAGS = ["--sources", "sources.json", "--model", "toy", "--batch-size", "12", "--micro-tokens", "128", "--precision", "fp32",
          "--lr", "1e-3", "--eval-every", "10"]
 
 
