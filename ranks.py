@@ -6,6 +6,7 @@ Nothing here knows about models, losses or optimizers. Axis letters: W ranks, b 
 import atexit
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -64,9 +65,13 @@ class Ranks:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def is_first_to_fail(self) -> bool:
-        """True once: one rank says what was wrong."""
-        return not self.launched or self.store.add("failures", 1) == 1
+    def complain(self, line: str) -> None:
+        """One rank says what was wrong: rank 0 if it fails too. It may hold the store, and stays until the others have asked."""
+        time.sleep(1 if self.rank else 0)
+        with contextlib.suppress(RuntimeError):
+            if not self.launched or self.store.add("complaints", 1) == 1:
+                print(line, file=sys.stderr, flush=True)
+        time.sleep(3 if self.launched and self.rank == 0 else 0)
 
     def say(self, line: str) -> None:
         if self.rank == 0:

@@ -299,8 +299,7 @@ def main(argv: list[str] | None = None) -> None:
         train(ranks, *parse_arguments(argv, ranks))
     except (FloatingPointError, OSError, ValueError) as error:  # one line, and nothing of a former run touched
         status = 1 if isinstance(error, FloatingPointError) else 2
-        if ranks.is_first_to_fail():
-            print("train.py:", " ".join(str(error).split()), file=sys.stderr)
+        ranks.complain(f"train.py: {' '.join(str(error).split())}")
     except RuntimeError as error:
         lost = ranks.lost()
         if not lost:
