@@ -66,7 +66,7 @@ class Ranks:
             dist.destroy_process_group()
 
     def complain(self, line: str) -> None:
-        """One rank says what was wrong: rank 0 if it fails too. It may hold the store, and stays until the others have asked."""
+        """One rank says what was wrong: rank 0 if it fails too. It may hold the store: it stays until the others have asked."""
         time.sleep(1 if self.rank else 0)
         with contextlib.suppress(RuntimeError):
             if not self.launched or self.store.add("complaints", 1) == 1:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 import train
 from experiments import crashes
 
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is installed on Linux alone")
 HERE = Path(__file__).parent
 STOP = {signal.SIGTERM: signal.getsignal(signal.SIGTERM), signal.SIGINT: signal.getsignal(signal.SIGINT)}
 FLAGS = [*crashes.FLAGS, "--steps", "12", "--save-every", "100", "--dropout", "0"]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from memory import LossScale, MicroBatch
 from ranks import Ranks
 from test_train import FLAGS, folder  # noqa: F401, a fixture
 
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is installed on Linux alone")
 HERE = Path(__file__).parent
 
 

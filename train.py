@@ -5,7 +5,7 @@
 composes the four other modules: source-wise batches (data.py, §5.1), the pooled encoder (model.py, §5), equations (4) and
 (5) (losses.py), large batches in little memory (memory.py, §5.3). How they do it is theirs to know. On many ranks:
 
-    torchrun --nproc_per_node 8 train.py --zero 2 --batch-size 32768
+    torchrun --nproc_per_node 2 train.py --stage 2 --batch-size 4096 --zero 2
 """
 
 import argparse
@@ -306,8 +306,8 @@ def main(argv: list[str] | None = None) -> None:
             raise
         status = 1
         if ranks.rank == min(set(range(ranks.world_size)) - set(lost)):
-            print(f"train.py: lost rank {', '.join(map(str, lost))} ({str(error).split(chr(10))[0]}); the checkpoints are as they "
-                  f"were, and --resume goes on from the last", file=sys.stderr)
+            print(f"train.py: lost rank {', '.join(map(str, lost))} ({str(error).splitlines()[0]}); the checkpoints are as "
+                  f"they were, and --resume goes on from the last", file=sys.stderr)
     if status:
         sys.exit(status)
     ranks.leave()
