@@ -1,6 +1,8 @@
-"""The pooled encoder of Jina Embeddings 2 (arXiv 2310.19923): JinaBERT (§2, Table 1) with mean pooling on top (§5).
+"""The pooled encoder of Jina Embeddings 2 (arXiv 2310.19923): JinaBERT (§2, Table 1) with mean pooling on top (§5), and the
+cross-encoder that validates its negatives (§5.2).
 
     texts -> tokenizer -> JinaBertModel -> hidden (B, T, D) -> mean_pool -> one vector per text (B, D)
+    (query, passage) in one text -> ...                     -> mean_pool -> one linear layer -> one logit per pair (B, 1)
 
 Axis letters: B texts, T tokens, D width, H heads. Nothing here knows about losses, data or ranks. The file is
 self-contained: `save` puts a copy of it beside the weights, so that other tools can open them with
@@ -9,6 +11,7 @@ self-contained: `save` puts a copy of it beside the weights, so that other tools
 
 import json
 import math
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -16,8 +19,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import (AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedConfig,
+                          PreTrainedModel)
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 
 class JinaBertConfig(BertConfig):
@@ -196,20 +200,41 @@ class PooledEncoder(nn.Module):
         return mean_pool(hidden, attention_mask)
 
 
+class CrossEncoder(PreTrainedModel):
+    """§5.2: reads a query and a passage together, [CLS] query [SEP] passage [SEP], and gives one relevance logit per pair:
+    (input_ids, attention_mask, token_type_ids), all (B, T), -> logits (B, 1). Ours: mean pooling here too, where BERT's
+    own classifier reads [CLS] through a pooler; the paper does not describe its cross-encoder."""
+
+    config_class = JinaBertConfig
+    base_model_prefix = "bert"  # so a JinaBertModel's directory fills the backbone
+    _supports_sdpa = True
+
+    def __init__(self, config: JinaBertConfig):
+        super().__init__(config)
+        config.num_labels = 1  # transformers' default is 2
+        self.bert = JinaBertModel(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+        self._keys_to_ignore_on_load_unexpected = None  # the backbone's, but a published reranker's head reads its pooler
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
+                **_) -> SequenceClassifierOutput:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        pooled = mean_pool(self.bert(input_ids, mask, token_type_ids).last_hidden_state, mask)
+        return SequenceClassifierOutput(logits=self.classifier(pooled.to(self.classifier.weight.dtype)))
+
+
 def create(size: str) -> PooledEncoder:
     """A JinaBERT of one of SIZES with random weights."""
     return PooledEncoder(JinaBertModel(JinaBertConfig(**SIZES[size])))
 
 
-def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrainedTokenizerBase]:
-    """Opens a directory or a hub name: JinaBERT without remote code, or any encoder that AutoModel opens; fp32 weights.
-
-    Raises OSError where there is no model, ValueError where weights are missing or unknown: transformers would go on
-    with random ones and a report. Its messages and bars are silenced for the rest of the process.
-    """
+def _open(name_or_path: str | Path, jina: type, auto: type, **fields) -> tuple[PreTrainedModel, object, dict]:
+    """Model, tokenizer and transformers' load report, by class `jina` if it is a JinaBERT, else by class `auto` with these
+    config fields. Raises OSError where there is no model; what is missing or unknown is for `_complete` to judge."""
     name = str(name_or_path)
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # its load report: the checks below say the same, and stop
+    transformers.utils.logging.set_verbosity_error()  # its load report: `_complete` says the same, and stops
     huggingface_hub.utils.logging.set_verbosity_error()  # a warning for every retry
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
@@ -229,47 +254,90 @@ def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrain
     options = dict(dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False)
     try:
         if config.get("position_embedding_type") == "alibi":
-            backbone, report = JinaBertModel.from_pretrained(name, config=JinaBertConfig.from_dict(config), **options)
+            model, report = jina.from_pretrained(name, config=JinaBertConfig.from_dict(config), **options)
         else:
-            backbone, report = AutoModel.from_pretrained(name, **options)
+            model, report = auto.from_pretrained(name, **options, **fields)
     except Exception as error:  # a truncated safetensors file, no weights at all, an architecture nobody knows ...
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"model {name}: its weights do not open ({reason})") from error
-    wrong = {key for kind in ("missing_keys", "mismatched_keys") for key in report[kind] if "pooler." not in str(key)}
-    if isinstance(backbone, JinaBertModel):
-        wrong |= set(report["unexpected_keys"])
+    return model, tokenizer, report  # from_pretrained leaves it in eval mode
+
+
+def _complete(name: str | Path, model: PreTrainedModel, report: dict, spare: str) -> None:
+    """Raises ValueError where weights are missing, misshapen or (JinaBERT) unknown, unless the regex `spare` finds them."""
+    kinds = ["missing_keys", "mismatched_keys"] + ["unexpected_keys"] * isinstance(model.config, JinaBertConfig)
+    wrong = [str(key) for kind in kinds for key in report[kind] if not re.search(spare, str(key))]
     if wrong:
         raise ValueError(f"model {name}: {len(wrong)} weights are missing, of another shape, or unknown here, among "
-                         f"them {min(map(str, wrong))}")
+                         f"them {min(wrong)}")
+
+
+def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrainedTokenizerBase]:
+    """Opens a directory or a hub name: JinaBERT without remote code, or any encoder that AutoModel opens; fp32 weights.
+
+    Raises OSError where there is no model, ValueError where weights are missing or unknown: transformers would go on
+    with random ones and a report. Its messages and bars are silenced for the rest of the process.
+    """
+    backbone, tokenizer, report = _open(name_or_path, JinaBertModel, AutoModel)
+    if any(key.startswith("classifier.") for key in report["unexpected_keys"]):
+        raise ValueError(f"model {name_or_path}: has a classification head, which an encoder would drop; "
+                         f"load_cross_encoder opens it")
+    _complete(name_or_path, backbone, report, spare=r"pooler\.")
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler.requires_grad_(False)  # BERT's own pooler plays no part in mean pooling, and stays as it came
     return PooledEncoder(backbone).eval(), tokenizer
 
 
-def save(encoder: PooledEncoder, tokenizer: transformers.PreTrainedTokenizerBase, directory: str | Path) -> None:
-    """Writes what `load`, AutoTokenizer and sentence-transformers open: safetensors, tokenizer, config.json, modules.json
-    and 1_Pooling/config.json.
+def load_cross_encoder(name_or_path: str | Path, new_head: bool = False
+                       ) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """Opens a cross-encoder with one logit, as `load` does: a CrossEncoder if it is a JinaBERT, or whatever
+    AutoModelForSequenceClassification opens. new_head: an encoder instead, under a head with random weights.
+
+    Raises what `load` does, and ValueError where there is no head, one with more logits, or (new_head) one already.
+    """
+    fields = {"num_labels": 1} if new_head else {}
+    model, tokenizer, report = _open(name_or_path, CrossEncoder, AutoModelForSequenceClassification, **fields)
+    head = [name for name, _ in model.named_parameters() if not name.startswith(model.base_model_prefix + ".")]
+    output = [name for name in head if name.endswith(".weight")][-1]  # (outputs, D), after whatever else the head has
+    shapes = {key: shape for key, shape, _ in report["mismatched_keys"]}
+    outputs = 0 if output in report["missing_keys"] else shapes.get(output, model.get_parameter(output).shape)[0]
+    if new_head and outputs:
+        raise ValueError(f"model {name_or_path}: has a classification head already, with {outputs} output(s)")
+    if not new_head and not outputs:
+        raise ValueError(f"model {name_or_path}: is an encoder without a classification head; `python curate.py "
+                         f"cross-encoder --model {name_or_path}` trains one from it")
+    if not new_head and outputs != 1:
+        raise ValueError(f"model {name_or_path}: its classification head has {outputs} outputs; one logit is needed")
+    _complete(name_or_path, model, report, spare="|".join([r"pooler\.", r"^cls\.", *head]) if new_head else "(?!)")
+    return model, tokenizer
+
+
+def save(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, directory: str | Path) -> None:
+    """Writes what `load` or `load_cross_encoder`, AutoTokenizer and sentence-transformers open: safetensors, tokenizer,
+    config.json, and for a PooledEncoder modules.json and 1_Pooling/config.json.
 
     A JinaBERT also gets a copy of this file and an `auto_map`. Outside `load` such a directory needs
     trust_remote_code=True: without it transformers builds a plain BERT with *random* weights and only reports it.
     """
-    directory, backbone = Path(directory), encoder.backbone
+    directory, pooled = Path(directory), isinstance(model, PooledEncoder)
+    network = model.backbone if pooled else model
     transformers.utils.logging.disable_progress_bar()
-    backbone.save_pretrained(directory)
+    network.save_pretrained(directory)
     if hasattr(tokenizer, "backend_tokenizer"):  # a few have none
         tokenizer.backend_tokenizer.no_truncation()  # else tokenizer.json would cut everybody's texts at the last --max-length
     tokenizer.save_pretrained(directory)
-    if isinstance(backbone, JinaBertModel):
+    if isinstance(network.config, JinaBertConfig):
         # Text Embeddings Inference picks the architecture by `_name_or_path`; transformers 5 drops that field, writes
         # its own class name, and leaves out every field that is at its default.
-        config = backbone.config.to_dict() | {
-            "architectures": ["JinaBertForMaskedLM"],
-            "_name_or_path": "jinaai/jina-bert-implementation",
-            "auto_map": {"AutoConfig": "model.JinaBertConfig", "AutoModel": "model.JinaBertModel"},
-        }
+        published = {"architectures": ["JinaBertForMaskedLM"], "_name_or_path": "jinaai/jina-bert-implementation"}
+        config = network.config.to_dict() | (published if pooled else {}) | {
+            "auto_map": {"AutoConfig": "model.JinaBertConfig", "AutoModel": "model.JinaBertModel",
+                         "AutoModelForSequenceClassification": "model.CrossEncoder"}}
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (directory / "model.py").write_bytes(Path(__file__).read_bytes())  # not copyfile: it may be this very file
-    pooling = {"word_embedding_dimension": backbone.config.hidden_size, "pooling_mode_mean_tokens": True}
+    if not pooled:
+        return  # modules.json and 1_Pooling would call it an embedder
+    pooling = {"word_embedding_dimension": network.config.hidden_size, "pooling_mode_mean_tokens": True}
     (directory / "1_Pooling").mkdir(exist_ok=True)
     (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2) + "\n")
     modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
