@@ -41,10 +41,13 @@ class Batch(NamedTuple):
     dropped: int  # rows left over by the epoch that ended before this batch: they could not fill one
     digest: str  # of the ids of the global batch: equal for equal batches
 
-    def texts(self) -> list[str]:
-        """All queries, then all positives, then all negatives row by row."""
-        return ([row.query for row in self.rows] + [row.positive for row in self.rows]
-                + [text for row in self.rows for text in row.negatives])
+    def texts(self) -> tuple[list[str], Tensor]:
+        """The distinct texts, each to be embedded once, and where among them all queries stand, then all positives, then all
+        negatives row by row."""
+        every = ([row.query for row in self.rows] + [row.positive for row in self.rows]
+                 + [text for row in self.rows for text in row.negatives])
+        place = {text: i for i, text in enumerate(dict.fromkeys(every))}
+        return list(place), torch.tensor([place[text] for text in every])
 
 
 # sources

@@ -112,12 +112,14 @@ def relative_length(sources: list[data.Source], name: str, max_length: int) -> f
     return length[name] * sum(s.rate for s in sources) / sum(s.rate * length[s.name] for s in sources)
 
 
-def step_loss(e: torch.Tensor, args: argparse.Namespace, ranks: Ranks) -> tuple[torch.Tensor, float]:
+def step_loss(e: torch.Tensor, place: torch.Tensor, args: argparse.Namespace, ranks: Ranks) -> tuple[torch.Tensor, float]:
     """Equation (4) or (5) for this rank's rows against the columns of all ranks, and the in-batch accuracy of these rows.
 
-    e (M, D): the embeddings of b queries, their b positives and, in stage 3, their b N negatives row by row."""
+    e: the embeddings of the step's distinct texts; e[place] those of b queries, their b positives and, in stage 3, their b N
+    negatives row by row."""
     b = args.batch_size // ranks.world_size
-    row, q, p, n = b * ranks.rank, e[:b], e[b : 2 * b], e[2 * b :].view(-1, args.negatives, e.shape[1])
+    row, (q, p, n) = b * ranks.rank, e[place].split([b, b, len(place) - 2 * b])
+    n = n.view(-1, args.negatives, e.shape[1])
     all_q, all_p = ranks.gather(q), ranks.gather(p)
     if args.stage == 2:
         loss = losses.pair_loss(q, p, args.tau, (all_q, all_p), row)
@@ -142,17 +144,21 @@ def prepare(encoder: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: fl
     return engine
 
 
-def check(ranks: Ranks, args: argparse.Namespace, encoder: torch.nn.Module, own: list, whole: list, cut: Callable) -> None:
+def check(ranks: Ranks, args: argparse.Namespace, encoder: torch.nn.Module, own: data.Batch, whole: data.Batch,
+          cut: Callable) -> None:
     """--check: the update of one step of plain SGD on these ranks and with these flags, over its learning rate, against the
-    gradient of plain fp32 in one process and one pass. own, whole: the texts of this rank, and of the global batch."""
+    gradient of plain fp32 in one process and one pass. own, whole: the rows of this rank, and of the global batch."""
     encoder.eval()  # no dropout: its masks follow the micro-batches
     plain = copy.deepcopy(encoder)
     engine = prepare(encoder, torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=0.0), 0.0, args, ranks)
     norm = math.inf
     while not math.isfinite(norm) and engine.scaling.scale >= 1:  # fp16 may have to lower its scale first
-        engine.backward(cut(own, micro_tokens=args.max_length), partial(step_loss, args=args, ranks=ranks))
+        texts, place = own.texts()
+        engine.backward(cut(texts, micro_tokens=args.max_length), partial(step_loss, place=place, args=args, ranks=ranks))
         norm = engine.step(CHECK_LR)
-    memory.backward(plain, cut(whole, micro_tokens=1 << 40), partial(step_loss, args=args, ranks=Ranks(alone=True)))
+    texts, place = whole.texts()
+    memory.backward(plain, cut(texts, micro_tokens=1 << 40),
+                    partial(step_loss, place=place, args=args, ranks=Ranks(alone=True)))
     with engine.whole():
         pairs = [(before.grad, (before - after).detach() / CHECK_LR)
                  for before, after in zip(plain.parameters(), encoder.parameters()) if before.requires_grad]
@@ -200,7 +206,7 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
             module.p = args.dropout
     encoder.to(ranks.device).train()
     if args.check:
-        return check(ranks, args, encoder, next(batches).texts(), next(draw()).texts(), cut)
+        return check(ranks, args, encoder, next(batches), next(draw()), cut)
 
     # memory (§5.3)
     unset = ((1 / encoder.backbone.config.hidden_size, "ours for random weights, 1 / width") if args.model in model.SIZES else
@@ -239,8 +245,9 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
     for step in bar:
         clock = time.perf_counter()
         batch = next(batches)
-        micro_batches = cut(batch.texts(), micro_tokens=args.micro_tokens)
-        loss, accuracy = engine.backward(micro_batches, partial(step_loss, args=args, ranks=ranks))
+        texts, place = batch.texts()
+        micro_batches = cut(texts, micro_tokens=args.micro_tokens)
+        loss, accuracy = engine.backward(micro_batches, partial(step_loss, place=place, args=args, ranks=ranks))
         lr = peak * min(step / warmup, (args.steps + 1 - step) / max(1, args.steps + 1 - warmup))
         grad_norm = engine.step(lr)  # nothing changes where it is not finite
 

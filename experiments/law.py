@@ -126,8 +126,9 @@ def update(cell: Cell, ranks: Ranks, config: str) -> torch.Tensor:
     engine = train.prepare(encoder, optimizer, 0.0 if cell.optimizer == "sgd" else CLIP, args, ranks)
     size = {"one": K * (2 + N), "many": 3, "unequal": 3 * (1 + ranks.rank)}[cell.micro]
     for step in range(STEPS):
-        micro_batches = cut(texts_of(step, cell.stage, ranks.rank, ranks.world_size), size)
-        engine.backward(micro_batches, partial(train.step_loss, args=args, ranks=ranks))
+        texts = texts_of(step, cell.stage, ranks.rank, ranks.world_size)
+        loss_of = partial(train.step_loss, place=torch.arange(len(texts)), args=args, ranks=ranks)
+        engine.backward(cut(texts, size), loss_of)
         engine.step(LR if cell.optimizer == "sgd" else ADAM_LR)
     with engine.whole():
         after = vector(encoder)
