@@ -103,7 +103,7 @@ def plain_update(stage: int, name: str) -> torch.Tensor:
     """The law: fp32, one process, one pass over the whole batch, no columns."""
     def loss_of(e):
         q, p, n = e[:K], e[K : 2 * K], e[2 * K :].view(-1, N, e.shape[1])
-        return (losses.pair_loss(q, p, TAU) if stage == 2 else losses.hard_negative_loss(q, p, n, TAU)),
+        return (losses.equation_4(q, p, TAU) if stage == 2 else losses.equation_5(q, p, n, TAU)),
 
     encoder = toy()
     before, optimizer = vector(encoder), optimizer_of(name, encoder)
