@@ -2,7 +2,7 @@
 cross-encoder that validates its negatives (§5.2).
 
     texts -> tokenizer -> JinaBertModel -> hidden (B, T, D) -> mean_pool -> one vector per text (B, D)
-    (query, passage) in one text -> ...                     -> mean_pool -> one linear layer -> one logit per pair (B, 1)
+    (query, passage) in one text -> ...                     -> mean_pool of each -> one linear layer -> one logit (B, 1)
 
 Axis letters: B texts, T tokens, D width, H heads. Nothing here knows about losses, data or ranks. The file is
 self-contained: `save` puts a copy of it beside the weights, so that other tools can open them with
@@ -202,8 +202,11 @@ class PooledEncoder(nn.Module):
 
 class CrossEncoder(PreTrainedModel):
     """§5.2: reads a query and a passage together, [CLS] query [SEP] passage [SEP], and gives one relevance logit per pair:
-    (input_ids, attention_mask, token_type_ids), all (B, T), -> logits (B, 1). Ours: mean pooling here too, where BERT's
-    own classifier reads [CLS] through a pooler; the paper does not describe its cross-encoder."""
+    (input_ids, attention_mask, token_type_ids), all (B, T), -> logits (B, 1).
+
+    Ours, as the paper does not describe its cross-encoder: u, v = the two texts' mean-pooled unit vectors, which attention has
+    let see each other, and one linear layer on u * v. It begins as 10 cos(u, v) - 5, what the encoder knows already; a layer
+    on the mean of all tokens would begin as nothing, and learns too little in minutes."""
 
     config_class = JinaBertConfig
     base_model_prefix = "bert"  # so a JinaBertModel's directory fills the backbone
@@ -217,11 +220,16 @@ class CrossEncoder(PreTrainedModel):
         self.post_init()
         self._keys_to_ignore_on_load_unexpected = None  # the backbone's, but a published reranker's head reads its pooler
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
-                **_) -> SequenceClassifierOutput:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        pooled = mean_pool(self.bert(input_ids, mask, token_type_ids).last_hidden_state, mask)
-        return SequenceClassifierOutput(logits=self.classifier(pooled.to(self.classifier.weight.dtype)))
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.classifier:
+            nn.init.constant_(module.weight, 10.0)
+            nn.init.constant_(module.bias, -5.0)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, **_) -> SequenceClassifierOutput:
+        hidden = self.bert(input_ids, attention_mask).last_hidden_state  # untyped: stages I and II have trained type 0 alone
+        u, v = (F.normalize(mean_pool(hidden, attention_mask * (token_type_ids == text)), dim=-1) for text in (0, 1))
+        return SequenceClassifierOutput(logits=self.classifier((u * v).to(self.classifier.weight.dtype)))
 
 
 def create(size: str) -> PooledEncoder:
@@ -291,23 +299,18 @@ def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrain
 def load_cross_encoder(name_or_path: str | Path, new_head: bool = False
                        ) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """Opens a cross-encoder with one logit, as `load` does: a CrossEncoder if it is a JinaBERT, or whatever
-    AutoModelForSequenceClassification opens. new_head: an encoder instead, under a head with random weights.
-
-    Raises what `load` does, and ValueError where there is no head, one with more logits, or (new_head) one already.
-    """
+    AutoModelForSequenceClassification opens. Raises what `load` does, and ValueError where there is no head, or one with more
+    logits; with new_head such a model gets a head with random weights."""
     fields = {"num_labels": 1} if new_head else {}
     model, tokenizer, report = _open(name_or_path, CrossEncoder, AutoModelForSequenceClassification, **fields)
     head = [name for name, _ in model.named_parameters() if not name.startswith(model.base_model_prefix + ".")]
-    output = [name for name in head if name.endswith(".weight")][-1]  # (outputs, D), after whatever else the head has
+    last = [name for name in head if name.endswith(".weight")][-1]  # (outputs, D)
     shapes = {key: shape for key, shape, _ in report["mismatched_keys"]}
-    outputs = 0 if output in report["missing_keys"] else shapes.get(output, model.get_parameter(output).shape)[0]
-    if new_head and outputs:
-        raise ValueError(f"model {name_or_path}: has a classification head already, with {outputs} output(s)")
-    if not new_head and not outputs:
-        raise ValueError(f"model {name_or_path}: is an encoder without a classification head; `python curate.py "
-                         f"cross-encoder --model {name_or_path}` trains one from it")
+    outputs = 0 if last in report["missing_keys"] else shapes.get(last, model.get_parameter(last).shape)[0]
     if not new_head and outputs != 1:
-        raise ValueError(f"model {name_or_path}: its classification head has {outputs} outputs; one logit is needed")
+        why = (f"its classification head has {outputs} outputs; one logit is needed" if outputs else "is an encoder without a "
+               f"classification head; `python curate.py cross-encoder --model {name_or_path}` trains one from it")
+        raise ValueError(f"model {name_or_path}: {why}")
     _complete(name_or_path, model, report, spare="|".join([r"pooler\.", r"^cls\.", *head]) if new_head else "(?!)")
     return model, tokenizer
 
