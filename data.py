@@ -56,8 +56,10 @@ class Source:
     """A file of pairs with a name and a sampling rate. `load_sources` sets `train`, ids of the rows to train on, and
     `held_out`, the rows to evaluate on."""
 
-    def __init__(self, name: str, path: Path, rate: float, kind: str, eval: Path | None, cache: Path):
-        self.name, self.path, self.rate, self.kind, self.eval, self.cache = name, path, rate, kind, eval, cache
+    def __init__(self, name: str, path: Path, rate: float, kind: str, cache: Path, eval: Path | None = None,
+                 collection: Path | None = None):
+        self.name, self.path, self.rate, self.kind, self.cache = name, path, rate, kind, cache
+        self.eval, self.collection = eval, collection
         if not path.is_file():
             raise FileNotFoundError(f"source {name}: {path}: no such file")
         stat = path.stat()  # a changed file is a new one
@@ -104,9 +106,10 @@ class Source:
 def load_sources(manifest: Path | str) -> list[Source]:
     """Opens the sources that a manifest names, and holds out what they are evaluated on.
 
-    manifest: a JSON list of {"name", "path", "rate", "kind", "eval", "licence"} (rate 1 and kind "retrieval" unless said;
-    "similarity" is for §5.2's random negatives), or sentence-transformers' data_config.json ({"name", "lines", "weight"}).
-    Paths are relative to it. Indices and unpacked files go into `.cache` beside it.
+    manifest: a JSON list of {"name", "path", "rate", "kind", "eval", "collection", "licence"} (rate 1 and kind "retrieval"
+    unless said; "similarity" is for §5.2's random negatives; a collection is a file whose targets may become negatives too),
+    or sentence-transformers' data_config.json ({"name", "lines", "weight"}). Paths are relative to it. Indices and unpacked
+    files go into `.cache` beside it.
 
     Held out: min(1,000, 5 %) of a source's targets, by hash, or the targets of its `eval` file (of which 1,000 pairs are
     evaluated). What one source holds out, no source trains on, neither as a target nor as a query.
@@ -122,8 +125,9 @@ def load_sources(manifest: Path | str) -> list[Source]:
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{manifest}: expected a list of sources, each an object with a name and a path")
     for number, entry in enumerate(entries, 1):
-        defaults = {"name": None, "path": entry.get("name"), "rate": entry.get("weight", 1), "kind": "retrieval", "eval": None}
-        name, path, rate, kind, held_out = (entry.get(field, default) for field, default in defaults.items())
+        defaults = {"name": None, "path": entry.get("name"), "rate": entry.get("weight", 1), "kind": "retrieval", "eval": None,
+                    "collection": None}
+        name, path, rate, kind, held_out, collection = (entry.get(field, default) for field, default in defaults.items())
         where, known = f"{manifest}, source {number}", [*defaults, "licence", "lines", "weight"]
         for unknown in set(entry) - set(known):
             raise ValueError(f'{where}: unknown field "{unknown}"; known are {", ".join(known)}')
@@ -132,11 +136,12 @@ def load_sources(manifest: Path | str) -> list[Source]:
                 ("path", path, isinstance(path, str), "a text"),
                 ("rate", rate, type(rate) in (int, float) and 0 < rate < float("inf"), "a number above 0"),
                 ("kind", kind, kind in ("retrieval", "similarity"), '"retrieval" or "similarity"'),
-                ("eval", held_out, held_out is None or isinstance(held_out, str), "a text")]:
+                ("eval", held_out, held_out is None or isinstance(held_out, str), "a text"),
+                ("collection", collection, collection is None or isinstance(collection, str), "a text")]:
             if not good:
                 raise ValueError(f'{where}: field "{field}": found {found!r}, expected {expected}')
-        sources.append(Source(name, manifest.parent / path, rate, kind, held_out and manifest.parent / held_out,
-                              manifest.parent / ".cache" / "v1"))
+        sources.append(Source(name, manifest.parent / path, rate, kind, manifest.parent / ".cache" / "v1",
+                              *(file and manifest.parent / file for file in (held_out, collection))))
     for source in sources:
         order = np.lexsort((source.index["query"], source.index["positive"]))  # by hash: at random, whatever the file's order
         targets, first = np.unique(source.index["positive"][order], return_index=True)

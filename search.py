@@ -1,0 +1,235 @@
+"""Exact search among more texts than fit in memory: vectors in chunks on disk, cosines block by block, no index.
+
+    Pool (distinct texts of sources) -> Embedder.chunks (unit vectors on disk) -> ranks, nearest
+
+What is done is kept, chunk by chunk, so that a command that was interrupted goes on (`Work`). Nothing here knows what is
+searched for or why. Axis letters: M queries, K texts of a pool, C nearest ones, D width.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import evaluate
+import memory
+import model
+from checkpoint import publish, sync
+from data import Source
+
+Cells = tuple[np.ndarray, np.ndarray]  # (which queries, which places of a pool), one entry a cell
+
+
+class Work:
+    """What a command has done so far: arrays by name in OUT.work, each complete or absent, until `finish` publishes OUT.
+
+    identity: JSON-able, what must be the same for another start to go on. Raises ValueError where it is not, or OUT is in use.
+    """
+
+    def __init__(self, out: str, identity: dict):
+        self.out = Path(out).resolve()
+        self.directory = self.out.with_name(f"{self.out.name}.work")
+        self._check_out()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / "identity.json"
+        try:
+            then = json.loads(path.read_text()) if path.is_file() else identity
+        except ValueError as error:
+            raise ValueError(f"{path}: does not open ({error}); remove {self.directory}") from None
+        for what in identity:
+            if then.get(what) != identity[what]:
+                raise ValueError(f"{self.directory} holds the work of another command, with another {what} ({then.get(what)}, "
+                                 f"now {identity[what]}); remove that folder, or choose another --out")
+        self._write(path, lambda part: part.write_text(json.dumps(identity)))
+
+    def _check_out(self) -> None:
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise ValueError(f"--out {self.out}: is not empty; choose another")
+
+    def _write(self, path: Path, write: Callable[[Path], None]) -> None:
+        part = path.with_name(f"part{path.suffix}")
+        write(part)
+        sync(part)
+        os.replace(part, path)
+
+    def keep(self, name: str, compute: Callable[[], np.ndarray]) -> Path:
+        """The file of the array of that name, computed unless an earlier start did."""
+        path = self.directory / f"{quote(name, '')}.npy"
+        if not path.is_file():
+            self._write(path, lambda part: np.save(part, compute()))
+        return path
+
+    def finish(self, write: Callable[[Path], None]) -> None:
+        self._check_out()
+        publish(self.out, write)
+        shutil.rmtree(self.directory)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fingerprint(module: nn.Module) -> str:
+    weights = blake2b(digest_size=8)
+    for parameter in module.parameters():
+        weights.update(parameter.detach().cpu().numpy().tobytes())
+    return weights.hexdigest()
+
+
+class Part(NamedTuple):
+    """Texts of a source, by row and by which of the row's texts: -1 its positive, j its negative j."""
+
+    source: Source
+    rows: np.ndarray
+    items: np.ndarray
+    keys: np.ndarray
+
+
+def positives(source: Source, rows: np.ndarray) -> Part:
+    return Part(source, rows, np.full(len(rows), -1), source.index["positive"][rows])
+
+
+def negatives(source: Source, rows: np.ndarray) -> Part:
+    count = source.index["negatives"][rows].astype(int)
+    items = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+    first = np.repeat(source.index["first_negative"][rows].astype(int), count)
+    return Part(source, np.repeat(rows, count), items, source.negative_keys[first + items])
+
+
+class Pool:
+    """The distinct texts of some parts that are not held out, in the order of their keys; or `count` of them at random."""
+
+    def __init__(self, parts: list[Part], count: int | None = None, seed: int = 0):
+        sources, rows, items, keys = zip(*parts)
+        self.keys, first = np.unique(np.concatenate(keys), return_index=True)
+        free = np.flatnonzero(~np.isin(self.keys, np.array(list(sources[0].held_out_keys), "<u8")))
+        if count is not None and count < len(free):
+            free = np.sort(np.random.default_rng(seed).permutation(free)[:count])
+        self.keys, first = self.keys[free], first[free]
+        self.sources, self.source = sources, np.repeat(np.arange(len(parts)), [len(r) for r in rows])[first]
+        self.rows, self.items = np.concatenate(rows)[first], np.concatenate(items)[first]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def text(self, place: int) -> str:
+        row = self.sources[self.source[place]].read(self.rows[place])
+        return row.positive if self.items[place] < 0 else row.negatives[self.items[place]]
+
+    def find(self, keys: np.ndarray) -> Cells:
+        """Which of these keys (M,) are in the pool, and at which places."""
+        place = np.searchsorted(self.keys, keys).clip(max=len(self) - 1)
+        there = np.flatnonzero(self.keys[place] == keys)
+        return there, place[there]
+
+
+class Embedder:
+    """A bi-encoder, in bf16 where that is fast. chunk: texts embedded and searched at a time."""
+
+    def __init__(self, name: str, max_length: int, micro_tokens: int, chunk: int):
+        self.encoder, self.tokenizer = model.load(name)
+        self.encoder.to(device())
+        self.max_length, self.micro_tokens, self.chunk = max_length, micro_tokens, chunk
+        memory.mixed_precision(self.encoder, memory.choose_precision("auto", device())[0])
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """-> (M, D) of length 1."""
+        vectors = evaluate.embed(self.encoder, self.tokenizer, texts, self.max_length, self.micro_tokens)
+        return F.normalize(vectors, dim=-1).to(device())
+
+    def chunks(self, work: Work, name: str, pool: Pool) -> list[Path]:
+        """The vectors of a pool, in files of `chunk` rows."""
+        starts = tqdm(range(0, len(pool), self.chunk), unit="chunk", desc=f"embedding {name}")
+        return [work.keep(f"{name}-{start}", lambda: self([pool.text(i) for i in places]).cpu().numpy())
+                for start in starts for places in [range(start, min(start + self.chunk, len(pool)))]]
+
+
+def blocks(q: Tensor, chunks: list[Path | np.ndarray], barred: Cells) -> Iterator[tuple[slice, int, Tensor]]:
+    """Cosines of queries q (M, D) and a pool, -inf where barred -> which queries, the place of the first column, (m, k)."""
+    first = 0
+    for chunk in chunks:
+        vectors = torch.from_numpy(np.load(chunk) if isinstance(chunk, Path) else chunk).to(q.device)
+        size = max(1, evaluate.SCORES_AT_ONCE // len(vectors))
+        for start in range(0, len(q), size):
+            cosine = q[start : start + size] @ vectors.T
+            i, place = barred[0] - start, barred[1].astype(int) - first
+            here = (i >= 0) & (i < len(cosine)) & (place >= 0) & (place < len(vectors))
+            cosine[torch.from_numpy(i[here]), torch.from_numpy(place[here])] = -torch.inf
+            yield slice(start, start + size), first, cosine
+        first += len(vectors)
+
+
+def ranks(q: Tensor, own: Tensor, chunks: list[Path | np.ndarray], barred: Cells) -> np.ndarray:
+    """1-based rank of each query's own target among itself and a pool, in which it is barred: 1 + the number of texts as near
+    to the query, or nearer. Ties count against us, as in `evaluate.ranks`. q, own (M, D) -> (M,)."""
+    cosine, found = (q * own).sum(1), torch.ones(len(q), dtype=torch.long, device=q.device)
+    for rows, _, block in blocks(q, chunks, barred):
+        found[rows] += (block >= cosine[rows, None] - evaluate.TIE).sum(1)
+    return found.cpu().numpy()
+
+
+def nearest(q: Tensor, chunks: list[Path | np.ndarray], count: int, barred: Cells) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest texts of a pool, the nearest first; of equal ones at the end of the list, those that torch.topk gives.
+    -> places (M, C), cosines (M, C), -inf where a pool has no more."""
+    best = torch.full((len(q), count), -torch.inf, device=q.device)
+    place = torch.zeros_like(best, dtype=torch.long)
+    for rows, first, block in blocks(q, chunks, barred):
+        top = block.topk(min(count, block.shape[1]))
+        best[rows], order = torch.cat([best[rows], top.values], 1).topk(count)
+        place[rows] = torch.cat([place[rows], top.indices + first], 1).gather(1, order)
+    return place.cpu().numpy(), best.cpu().numpy()
+
+
+class Known:
+    """Every positive that any of the sources has for a query."""
+
+    def __init__(self, sources: list[Source]):
+        queries, positives = (np.concatenate([s.index[side] for s in sources]) for side in ("query", "positive"))
+        order = np.argsort(queries, kind="stable")
+        self.queries, self.positives = queries[order], positives[order]
+
+    def cells(self, queries: np.ndarray, pool: Pool) -> Cells:
+        """Where in a pool the positives of these queries (their keys, (M,)) stand, and the queries' own texts."""
+        first, last = (np.searchsorted(self.queries, queries, side) for side in ("left", "right"))
+        which = np.concatenate([np.arange(len(queries)), np.repeat(np.arange(len(queries)), last - first)])
+        there, place = pool.find(np.concatenate([queries, *(self.positives[a:b] for a, b in zip(first, last))]))
+        return which[there], place
+
+
+def collection(source: Source) -> list[Source]:
+    """The source's collection, opened, where it has one."""
+    return [Source(f"{source.name}, collection", source.collection, 1, source.kind, source.cache)] if source.collection else []
+
+
+class Retriever:
+    """What a bi-encoder finds for the queries of a source among its targets, its rows' given negatives and the targets of its
+    collection."""
+
+    def __init__(self, source: Source, known: Known, embed: Embedder, work: Work):
+        self.source, self.known, self.embed, self.work = source, known, embed, work
+        self.pool = Pool([positives(source, source.train), negatives(source, source.train),
+                          *(positives(more, np.arange(len(more.index))) for more in collection(source))])
+
+    @cached_property
+    def vectors(self) -> list[Path]:
+        return self.embed.chunks(self.work, f"pool-{self.source.name}", self.pool)
+
+    def barred(self, rows: np.ndarray) -> Cells:
+        """What is no negative of these rows."""
+        return self.known.cells(self.source.index["query"][rows], self.pool)
+
+    def __call__(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """-> places in the pool (M, C) and cosines (M, C), as `nearest`."""
+        q = self.embed([self.source.read(row).query for row in rows])
+        return nearest(q, self.vectors, count, self.barred(rows))
