@@ -162,22 +162,33 @@ def filter_pairs(args: argparse.Namespace) -> None:
         for i, rank in zip(rows[source.name], found[source.name]):
             if rank <= args.top_k:
                 query, positive, negatives, _ = source.read(i)
+                negatives = [text for text in negatives if formats.key(text) not in source.held_out_keys]
                 yield {"query": query, "positive": positive} | ({"negatives": negatives} if negatives else {})
 
     def dropped(source: data.Source) -> Iterator[dict]:
-        reasons = {i: f"rank {rank} among {len(pool)} random targets and its own, --top-k {args.top_k}"
-                   for i, rank in zip(rows[source.name], found[source.name]) if rank > args.top_k}
-        reasons |= dict.fromkeys(np.setdiff1d(np.arange(len(source.index)), source.train), "a text of it is held out")
-        for i in sorted(reasons):
-            row = source.read(i)
-            yield {"query": row.query, "positive": row.positive, "row": int(i), "reason": reasons[i]}
+        for i, rank in zip(rows[source.name], found[source.name]):
+            if rank > args.top_k:
+                reason = f"rank {rank} among {len(pool)} random targets and its own, --top-k {args.top_k}"
+                yield with_reason(source.read(i), reason)
         for row in formats.read_rows(source.collection) if source.collection else ():
-            yield {"query": row.query, "positive": row.positive, "reason": "of the collection, not of the source"}
+            if formats.key(row.positive) not in source.held_out_keys:
+                yield with_reason(row, "of the collection, not of the source")
+
+    def held_out(source: data.Source) -> Iterator[dict]:
+        for i in np.setdiff1d(np.arange(len(source.index)), source.train):
+            yield with_reason(source.read(i), "a text of it is held out")
 
     def write(part: Path) -> None:
         write_sources(part, entries, sources, report, lambda source: {"path": kept(source), "collection": dropped(source)})
+        (part / "held-out").mkdir()
+        for source in sources:
+            write_lines(part / "held-out" / f"{quote(source.name, '')}.jsonl", held_out(source))
 
     work.finish(write)
+
+
+def with_reason(row: formats.Row, reason: str) -> dict:
+    return {"query": row.query, "positive": row.positive, "row": row.id, "reason": reason}
 
 
 # §5.2: negatives

@@ -1,0 +1,127 @@
+"""search.py against dense computations: every query against every text at once, in slow loops. Vectors lie in the plane, at
+multiples of 30 degrees, so that many cosines are equal."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import formats
+import search
+
+
+def plane(degrees):
+    """-> (M, 2), unit vectors."""
+    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    return torch.stack([angle.cos(), angle.sin()], 1).float()
+
+
+RNG = np.random.default_rng(0)
+QUERIES, OWN, TEXTS = (RNG.integers(12, size=size) * 30.0 for size in (9, 9, 40))
+BARRED = RNG.integers(9, size=60), RNG.integers(40, size=60)  # some cells twice
+
+
+def corpus(folder, fields=None, /, **sources):
+    """Opens sources of rows [query, positive, negative ...]; fields: {source: what else its manifest entry says}."""
+    manifest = [{"name": name, "path": f"{name}.jsonl", **(fields or {}).get(name, {})} for name in sources]
+    for name, rows in sources.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "m.json").write_text(json.dumps(manifest))
+    return data.load_sources(folder / "m.json")
+
+
+def texts(pool):
+    return [pool.text(i) for i in range(len(pool))]
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, 100])
+@pytest.mark.parametrize("at_once", [1, 30, 10_000])
+def test_ranks_and_nearest_are_those_of_all_cosines_at_once_however_they_are_cut(size, at_once, monkeypatch):
+    """A rank is 1 + the texts as near or nearer that are not barred: exact in whole angles, the smaller of d and 360 - d. The
+    nearest are the first of the sorted cosines, each of the place it is said to be of, no place twice."""
+    def distance(a, b):
+        return min((a - b) % 360, (b - a) % 360)
+
+    monkeypatch.setattr(search.evaluate, "SCORES_AT_ONCE", at_once)
+    out, chunks = set(zip(*BARRED)), [chunk.numpy() for chunk in plane(TEXTS).split(size)]
+    expected = [1 + sum(distance(q, text) <= distance(q, own) for j, text in enumerate(TEXTS) if (i, j) not in out)
+                for i, (q, own) in enumerate(zip(QUERIES, OWN))]
+    assert search.ranks(plane(QUERIES), plane(OWN), chunks, BARRED).tolist() == expected
+    dense = (plane(QUERIES) @ plane(TEXTS).T).numpy()
+    dense[BARRED] = -np.inf
+    places, cosines = search.nearest(plane(QUERIES), chunks, 15, BARRED)
+    assert cosines == pytest.approx(-np.sort(-dense)[:, :15], abs=1e-6)
+    assert cosines == pytest.approx(np.take_along_axis(dense, places, 1), abs=1e-6)
+    assert all(len(set(row)) == 15 for row in places.tolist())
+
+
+def test_where_a_pool_is_smaller_than_asked_for_the_rest_is_minus_infinity():
+    """Three texts, one barred for the first query: 2 and 3 of the 5 places are filled."""
+    chunks, barred = [plane([80.0, 10.0]).numpy(), plane([40.0]).numpy()], (np.array([0]), np.array([1]))
+    places, cosines = search.nearest(plane([0.0, 90.0]), chunks, 5, barred)
+    assert np.isfinite(cosines).sum(1).tolist() == [2, 3]
+    assert [places[0, :2].tolist(), places[1, :3].tolist()] == [[2, 0], [0, 2, 1]]
+    assert cosines[0, 0] == pytest.approx(math.cos(math.radians(40)), abs=1e-6)
+
+
+# pools of texts
+
+def test_a_pool_holds_every_text_once_by_key_and_none_that_is_held_out(tmp_path):
+    """p1 stands four times, once in capitals and twice as a negative. "out" is held out by b's eval file: as a negative of a it
+    is no text of the pool. Texts are in the order of their keys."""
+    (tmp_path / "eval.jsonl").write_text('["e", "out"]\n')
+    a, b = corpus(tmp_path, {"b": {"eval": "eval.jsonl"}},
+                  a=[["q0", "p0", "p1", "n0", "OUT"], ["q1", "p1"], ["q2", "P1", "n0"]],
+                  b=[["q3", "p3", " p1"], ["q4", "out"]])
+    pool = search.Pool([search.positives(a, a.train), search.negatives(a, a.train), search.negatives(b, b.train)])
+    assert sorted(formats.key(text) for text in texts(pool)) == sorted(map(formats.key, ["p0", "p1", "n0"]))
+    assert pool.keys.tolist() == sorted(pool.keys.tolist()) == [formats.key(text) for text in texts(pool)]
+    there, places = pool.find(np.array([formats.key(text) for text in ("none", "N0", "out", "p0")], "<u8"))
+    assert there.tolist() == [1, 3] and [pool.text(place) for place in places] == ["n0", "p0"]
+
+
+def test_so_many_texts_of_a_pool_are_drawn_at_random_by_the_seed(tmp_path):
+    """Of 19 targets: 8 by two seeds differ, by one seed are the same; 19 and more are all. Drawn 40 times, every text comes
+    (the chance that one does not is below 19 (11/19)^40 = 6e-9)."""
+    source, = corpus(tmp_path, a=[[f"q{i}", f"p{i}"] for i in range(19)])
+    drawn = [texts(search.Pool([search.positives(source, source.train)], 8, seed)) for seed in range(40)]
+    assert all(len(set(some)) == 8 for some in drawn) and set().union(*drawn) == {f"p{i}" for i in range(19)}
+    assert drawn[0] != drawn[1] and drawn[0] == texts(search.Pool([search.positives(source, source.train)], 8, 0))
+    assert all(len(search.Pool([search.positives(source, source.train)], count)) == 19 for count in (19, 20, None))
+
+
+def test_barred_are_the_query_s_own_text_and_its_positives_in_any_source_or_collection(tmp_path):
+    """q has the positives p0 and p1 in a, x0 in b and y in a's collection; x0 and "q" itself are negatives of a's second row,
+    whose query r has p2 alone. z of the collection is a text of the pool, "out", held out by a, is none."""
+    for name, rows in ("more", '["q", "y"]\n["s", "z"]\n["t", "out"]\n'), ("eval", '["e", "out"]\n'):
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    a, b = corpus(tmp_path, {"a": {"eval": "eval.jsonl", "collection": "more.jsonl"}},
+                  a=[["q", "p0", "n0"], ["r", "p2", "X0", "q"], ["Q", "p1"]], b=[["q", "x0"], ["s", "n0"]])
+    retriever = search.Retriever(a, search.Known([a, b, *search.collection(a)]), None, None)
+    assert sorted(texts(retriever.pool)) == ["X0", "n0", "p0", "p1", "p2", "q", "y", "z"] and len(a.train) == 3
+    barred = [set() for _ in range(3)]
+    for i, place in zip(*retriever.barred(np.arange(3))):
+        barred[i].add(retriever.pool.text(place))
+    assert barred == [{"q", "p0", "p1", "X0", "y"}, {"p2"}, {"q", "p0", "p1", "X0", "y"}]
+
+
+# what is done is kept
+
+def test_an_array_is_computed_once_and_is_there_whole_or_not_at_all(tmp_path):
+    work, calls = search.Work(str(tmp_path / "out"), {"flags": 1}), []
+
+    def compute():
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return np.arange(3)
+
+    with pytest.raises(KeyboardInterrupt):
+        work.keep("a/b", compute)
+    again = search.Work(str(tmp_path / "out"), {"flags": 1})
+    assert [np.load(again.keep("a/b", compute)).tolist() for _ in range(2)] == [[0, 1, 2]] * 2 and len(calls) == 2
+    again.finish(lambda part: (part / "done").touch())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
