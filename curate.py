@@ -8,9 +8,10 @@ Paper: pairs are consistency-filtered (Dai et al. 2023, Wang et al. 2022). Where
 retrieval models find similar, if a cross-encoder scores them lower than the positive; elsewhere they are drawn at random,
 since hard ones hurt there. Ours: the numbers, whose origin is in each flag's help.
 
-A command writes OUT (sources, a manifest for train.py, a report) when all is done; until then OUT.work holds what is done,
-and the same command goes on there. What is held out of a source becomes its `eval` file: it is neither kept as a pair nor
-ever a negative. Nothing here knows about training an embedding model. Axis letters: M queries, C candidates, N negatives.
+A command writes OUT when all is done: sources, a manifest for train.py, a report (or a cross-encoder). Until then OUT.work
+holds what is done, and the same command goes on there. What is held out of a source becomes its `eval` file: it is neither
+kept as a pair nor ever a negative. Nothing here knows how an embedding model is trained. Axis letters: M rows, C candidates,
+N negatives.
 """
 
 import argparse
@@ -36,10 +37,10 @@ import search
 from checkpoint import publish
 from judge import Example, Judge
 
-ROWS_AT_ONCE = 1024  # in mining: with 30 candidates 31,744 pairs for the cross-encoder
-EQUAL = 0.01  # Ours: scores closer than this are equal: bf16 logits near 4 are 0.03 apart, a quarter of that in the score
+JUDGED = 1024  # rows judged at a time: with 30 candidates 31,744 pairs
+EQUAL = 0.01  # Ours: scores closer than this are equal: bf16's rounding of the logit alone moves a score by up to 0.0016
 TRIED = 200  # Ours: held-out queries per source that a cross-encoder is tried on
-JUDGE_NEGATIVES = 4  # Ours: candidates beside a positive in the cross-encoder's training
+JUDGE_STEPS, JUDGE_QUERIES, JUDGE_NEGATIVES = 300, 32, 4  # Ours: of a cross-encoder's training; candidates beside a positive
 NEGATIVE = np.dtype([("place", "<u4"), ("rank", "<u4"), ("cosine", "<f4"), ("score", "<f4")])  # a random one has rank 0
 
 
@@ -53,24 +54,25 @@ def open_sources(args: argparse.Namespace) -> tuple[list[data.Source], list[dict
     return data.load_sources(args.sources), json.loads(Path(args.sources).read_bytes())
 
 
-def draw(sources: list[data.Source], count: int | None, seed: int) -> dict[str, np.ndarray]:
-    """{source: ids of the rows to work on}: all that may be trained on, or `count` at random by the sources' rates; where a
-    source has fewer than its share, the others give more."""
-    share, left = {}, count or 0
-    for source in sorted(sources, key=lambda s: len(s.train) / s.rate):  # those that cannot give their share first
+def draw(sources: list[data.Source], count: int | None, seed: int, apart: dict[str, np.ndarray] = {}) -> dict[str, np.ndarray]:
+    """{source: ids of the rows to work on}, none of `apart`: all that may be trained on, or `count` at random by the sources'
+    rates; where a source has fewer than its share, the others give more."""
+    rows, share, left = {s.name: np.setdiff1d(s.train, apart.get(s.name, [])) for s in sources}, {}, count or 0
+    for source in sorted(sources, key=lambda s: len(rows[s.name]) / s.rate):  # those that cannot give their share first
         rates = sum(s.rate for s in sources if s.name not in share)
-        share[source.name] = min(len(source.train), round(left * source.rate / rates)) if count else len(source.train)
+        share[source.name] = min(len(rows[source.name]), round(left * source.rate / rates)) if count else len(rows[source.name])
         left -= share[source.name]
-    return {s.name: np.sort(np.random.default_rng([seed, formats.key(s.name)]).permutation(s.train)[: share[s.name]])
-            for s in sources}
+    return {name: np.sort(np.random.default_rng([seed, formats.key(name)]).permutation(rows[name])[: share[name]])
+            for name in rows}
 
 
 def identity(args: argparse.Namespace, sources: list[data.Source], *models: torch.nn.Module) -> dict:
     """What a command's work depends on."""
-    flags = {name: value for name, value in vars(args).items() if name != "run"}
+    free = "run", "sources", "out", "micro_tokens", "batch_size", "cross_encoder"
     opened = [*sources, *(more for source in sources for more in search.collection(source))]
-    return {**flags, "corpus": [[s.name, s.rate, s.kind, s.fingerprint] for s in opened],
-            "hold-out": formats.key(str(sorted(sources[0].held_out_keys))), "weights": list(map(search.fingerprint, models))}
+    return {**{name: value for name, value in vars(args).items() if name not in free},
+            "corpus": [[s.name, s.rate, s.kind, s.fingerprint] for s in opened],
+            "hold-out": formats.key(str(sorted(sources[0].held_out_keys))), "model": list(map(search.fingerprint, models))}
 
 
 def known_positives(sources: list[data.Source]) -> search.Known:
@@ -82,7 +84,8 @@ class Report:
 
     def __init__(self, *columns: str):
         self.lines = []
-        self.row("source", *columns)
+        if columns:
+            self.row("source", *columns)
 
     def row(self, name: str, *values) -> None:
         self.say(f"{name:26}" + "".join(f"{value:>12,}" if isinstance(value, int) else f"{value:>12}" for value in values))
@@ -131,7 +134,7 @@ def filter_pairs(args: argparse.Namespace) -> None:
     """Keeps the pairs whose target is among their query's --top-k of --pool random targets and itself."""
     sources, entries = open_sources(args)
     rows = draw(sources, args.rows, args.seed)
-    pool = search.Pool([search.positives(source, rows[source.name]) for source in sources], args.pool, args.seed)
+    pool = search.Pool([search.positives(source, source.train) for source in sources], args.pool, args.seed)
     if len(pool) <= args.top_k:
         raise ValueError(f"--pool {args.pool}: {len(pool)} targets and --top-k {args.top_k}: nearly every pair would stay; "
                          f"raise --pool, or lower --top-k")
@@ -145,6 +148,7 @@ def filter_pairs(args: argparse.Namespace) -> None:
         return search.ranks(q, own, vectors, known.cells(source.index["query"][rows], pool))
 
     report, found = Report("rows", "kept", "", "dropped"), {}
+    report.say(f"    kept if among the first {args.top_k} of {len(pool):,} random targets and its own")
     for source in sources:
         ids = rows[source.name]
         rank = np.concatenate([ids[:0], *(
@@ -191,13 +195,13 @@ def with_reason(row: formats.Row, reason: str) -> dict:
     return {"query": row.query, "positive": row.positive, "row": row.id, "reason": reason}
 
 
-# §5.2: negatives
+# §5.2: the cross-encoder
 
-def train_judge(name: str, retrievers: list[search.Retriever], args: argparse.Namespace, directory: Path) -> None:
-    """Trains a cross-encoder from an encoder, on rows by the sources' rates and on what the retriever finds for them."""
+def train_judge(name: str, retrievers: list[search.Retriever], rows: dict[str, np.ndarray], steps: int, lr: float | None,
+                args: argparse.Namespace, directory: Path) -> None:
+    """Trains a cross-encoder from an encoder, on these rows and what the retriever finds for them."""
     torch.manual_seed(args.seed)
-    rng, found, count = np.random.default_rng(args.seed), [], args.judge_steps * args.judge_batch_size
-    rows = draw([r.source for r in retrievers], count, args.seed)
+    rng, found, count = np.random.default_rng(args.seed), [], steps * JUDGE_QUERIES
     for r in (r for r in retrievers if len(rows[r.source.name])):
         places, cosines = r(rows[r.source.name], args.candidates)
         found += [(r, row, place[np.isfinite(cosine)]) for row, place, cosine in zip(rows[r.source.name], places, cosines)]
@@ -208,41 +212,46 @@ def train_judge(name: str, retrievers: list[search.Retriever], args: argparse.Na
     def example(r: search.Retriever, row: int, places: np.ndarray) -> Example:
         return Example(*r.source.read(row)[:2], [r.pool.text(place) for place in rng.permutation(places)[:JUDGE_NEGATIVES]])
 
-    batches = ([example(*found[i]) for i in batch] for batch in order.reshape(args.judge_steps, -1))
+    batches = ([example(*found[i]) for i in batch] for batch in order.reshape(steps, -1))
     judge = Judge(*model.load_cross_encoder(name, new_head=True), args.max_length, args.micro_tokens)
-    lr = args.judge_lr or (1e-3 if judge.encoder.config.hidden_size <= 256 else 5e-5)
-    bar = tqdm(judge.train(batches, args.judge_steps, lr), total=args.judge_steps, unit="step", desc="cross-encoder")
+    lr = lr or (1e-3 if judge.encoder.config.hidden_size <= 256 else 5e-5)
+    bar = tqdm(judge.train(batches, steps, lr), total=steps, unit="step", desc="cross-encoder")
     for loss in bar:
         bar.set_postfix(loss=f"{loss:.3f}")
     publish(directory, partial(model.save, judge.encoder, judge.tokenizer))
 
 
-def open_judge(name: Path | str, sources: list[data.Source], embed: search.Embedder, args: argparse.Namespace) -> Judge:
-    """A cross-encoder that is better than chance: printed is how often it scores a held-out positive above one of the
-    --candidates held-out targets that the retriever finds, and how often the retriever does. Raises ValueError otherwise."""
-    judge = Judge(*model.load_cross_encoder(name), args.max_length, args.micro_tokens)
-    pairs, retriever = [], 0
+def held_out_pairs(sources: list[data.Source], embed: search.Embedder, args: argparse.Namespace) -> tuple[list, int]:
+    """For held-out queries, (query, positive) and (query, one of the --candidates nearest held-out targets) in turn, and how
+    often the retriever ranks the two rightly. Raises ValueError where they are too few to say anything."""
+    pairs, right = [], 0
     for source in sources:
         targets = {formats.key(row.positive): row.positive for row in source.held_out}
-        rows, texts = source.held_out[:TRIED], list(targets.values())
-        own = np.array([list(targets).index(formats.key(row.positive)) for row in rows], int)
+        rows, texts, place = source.held_out[:TRIED], list(targets.values()), {key: i for i, key in enumerate(targets)}
         if len(texts) > 1:  # else there is nothing to tell the one from
+            own = np.array([place[formats.key(row.positive)] for row in rows])
             q, p = embed([row.query for row in rows]), embed(texts)
             count = min(args.candidates, len(texts) - 1)
             places, cosines = search.nearest(q, [p.cpu().numpy()], count, (np.arange(len(own)), own))
             drawn = np.arange(len(own)), np.random.default_rng(args.seed).integers(count, size=len(own))
-            retriever += int(((q * p[own]).sum(1).cpu().numpy() > cosines[drawn]).sum())
+            right += int(((q * p[own]).sum(1).cpu().numpy() > cosines[drawn]).sum())
             pairs += [(row.query, text) for row, i in zip(rows, places[drawn]) for text in (row.positive, texts[i])]
-    scores, count = judge(pairs).reshape(-1, 2) if pairs else np.empty((0, 2)), len(pairs) // 2
-    right = int((scores[:, 0] > scores[:, 1]).sum())
-    print(f"held-out positives against what the retriever finds: the cross-encoder ranks {right} of {count} rightly, the "
-          f"retriever {retriever}")
-    if count < 20:
-        raise ValueError(f"{count} held-out pairs are too few to try a cross-encoder on; give the sources of kind "
+    if len(pairs) < 40:
+        raise ValueError(f"{len(pairs) // 2} held-out pairs are too few to try a cross-encoder on; give the sources of kind "
                          f"\"retrieval\" eval files with 20 or more")
+    return pairs, right
+
+
+def open_judge(name: Path | str, pairs: list, retriever: int, report: "Report", args: argparse.Namespace) -> Judge:
+    """A cross-encoder that is better than chance on the held-out pairs; ValueError otherwise."""
+    judge = Judge(*model.load_cross_encoder(name), args.max_length, args.micro_tokens)
+    scores, count = judge(pairs).reshape(-1, 2), len(pairs) // 2
+    right = int((scores[:, 0] > scores[:, 1]).sum())
+    report.say(f"held-out positives against what the retriever finds: the cross-encoder ranks {right} of {count} rightly, the "
+               f"retriever {retriever}")
     if right <= count / 2 + math.sqrt(count):  # chance: a half, with a standard deviation of sqrt(count) / 2
-        raise ValueError(f"cross-encoder {name}: ranks {right} of {count} held-out pairs rightly, no better than chance; train "
-                         f"it longer (--judge-steps), or give another")
+        raise ValueError(f"cross-encoder {name}: ranks {right} of {count} held-out pairs rightly, no better than chance; "
+                         f"`curate.py cross-encoder` trains one with more --steps or another --lr, for mine's --cross-encoder")
     return judge
 
 
@@ -253,90 +262,116 @@ def cross_encoder(args: argparse.Namespace) -> None:
     work = search.Work(args.out, identity(args, sources, embed.encoder, model.load(args.model)[0]))
     judge, known = work.directory / "cross-encoder", known_positives(sources)
     searched = [source for source in sources if source.kind == "retrieval"]
+    if not searched:
+        raise ValueError("no source is of kind \"retrieval\": a cross-encoder is not needed")
+    pairs = held_out_pairs(searched, embed, args)
     if not judge.is_dir():
-        train_judge(args.model, [search.Retriever(source, known, embed, work) for source in searched], args, judge)
-    open_judge(judge, searched, embed, args)
+        retrievers = [search.Retriever(source, known, embed, work) for source in searched]
+        rows = draw(searched, args.steps * JUDGE_QUERIES, args.seed)
+        train_judge(args.model, retrievers, rows, args.steps, args.lr, args, judge)
+    open_judge(judge, *pairs, Report(), args)
     work.finish(partial(shutil.copytree, judge, dirs_exist_ok=True))
 
 
+# §5.2: negatives
+
+def choose(positive: float, scores: np.ndarray, margin: float, count: int) -> tuple[np.ndarray, int]:
+    """Which candidates, given in the order of the retriever, become negatives: the `count` nearest whose score is lower than
+    the positive's by more than the margin; and how many candidates are not, for they may be right answers."""
+    confirmed = np.flatnonzero(scores < positive - max(margin, EQUAL))
+    return confirmed[:count], len(scores) - len(confirmed)
+
+
 def mine(args: argparse.Namespace) -> None:
-    """Gives every row --negatives: of what the retriever finds, the hardest that the cross-encoder scores below the positive by
+    """Gives every row --negatives: of what the retriever finds, the nearest that the cross-encoder scores below the positive by
     --margin; where there are fewer, and for sources of kind "similarity", random ones."""
     sources, entries = open_sources(args)
     embed = search.Embedder(args.retriever, args.max_length, args.micro_tokens, args.chunk)
-    given = [model.load_cross_encoder(args.cross_encoder)[0]] if args.cross_encoder else []
-    work = search.Work(args.out, identity(args, sources, embed.encoder, *given))
-    rows, N = draw(sources, args.rows, args.seed), args.negatives
-    known = known_positives(sources)
+    work = search.Work(args.out, identity(args, sources, embed.encoder))
+    rows, known, N = draw(sources, args.rows, args.seed), known_positives(sources), args.negatives
     retrievers = {source.name: search.Retriever(source, known, embed, work) for source in sources}
-    searched, judge, trained = [s for s in sources if s.kind == "retrieval"], None, work.directory / "cross-encoder"
+    report = Report("rows", "candidates", "rejected", "", "topped up", "random")
+    for source in sources:
+        say_if_few(report, args, source, rows[source.name], "or raise --rows")
+    searched, trained, version = [s for s in sources if s.kind == "retrieval"], work.directory / "cross-encoder", ""
     if searched:
+        pairs = held_out_pairs(searched, embed, args)
         if not args.cross_encoder and not trained.is_dir():
-            print(f"no --cross-encoder: training one from {args.retriever}")
-            train_judge(args.retriever, [retrievers[source.name] for source in searched], args, trained)
-        judge = open_judge(args.cross_encoder or trained, searched, embed, args)
-
+            count, shared = JUDGE_STEPS * JUDGE_QUERIES, ""
+            others = draw(searched, count, args.seed, apart=rows)
+            if sum(map(len, others.values())) < count / 10:
+                others, shared = draw(searched, count, args.seed), " on rows that it will judge: --rows leaves too few others"
+            report.say(f"no --cross-encoder: training one from {args.retriever}{shared}")
+            train_judge(args.retriever, [retrievers[s.name] for s in searched], others, JUDGE_STEPS, None, args, trained)
+        judge = open_judge(args.cross_encoder or trained, *pairs, report, args)
+        version = search.fingerprint(judge.encoder)
     mined_row = np.dtype([("score", "<f4"), ("candidates", "<u4"), ("rejected", "<u4"), ("hard", "<u4"),
                           ("negatives", NEGATIVE, N)])
 
-    def mine_rows(source: data.Source, ids: np.ndarray) -> np.ndarray:
-        retriever, found = retrievers[source.name], np.zeros(len(ids), mined_row)
-        which, barred = retriever.barred(ids)
-        taken = [set() for _ in ids]  # what is no random negative
-        for i, place in zip(which, barred):
+    def mine_rows(source: data.Source, ids: np.ndarray, places: np.ndarray, cosines: np.ndarray) -> np.ndarray:
+        pool, read, found = retrievers[source.name].pool, [source.read(i) for i in ids], np.zeros(len(ids), mined_row)
+        taken = [set(place[np.isfinite(cosine)]) for place, cosine in zip(places, cosines)]  # what is no random negative
+        for i, place in zip(*retrievers[source.name].barred(ids)):
             taken[i].add(place)
+        there = np.isfinite(cosines)
         if source in searched:
-            read, (places, cosines) = [source.read(i) for i in ids], retriever(ids, args.candidates)
-            there = np.argwhere(np.isfinite(cosines))
-            pairs = [row[:2] for row in read] + [(read[i].query, retriever.pool.text(places[i, j])) for i, j in there]
+            pairs = [row[:2] for row in read] + [(read[i].query, pool.text(places[i, j])) for i, j in np.argwhere(there)]
             scores = judge(pairs)
-            found["score"] = scores[: len(ids)]
-            for (i, j), score in zip(there, scores[len(ids) :]):  # row by row, the nearest first
-                row = found[i]
-                taken[i].add(places[i, j])
-                row["candidates"] += 1
-                if not score < row["score"] - max(args.margin, EQUAL):
-                    row["rejected"] += 1
-                elif row["hard"] < N:
-                    row["negatives"][row["hard"]] = places[i, j], j + 1, cosines[i, j], score
-                    row["hard"] += 1
+            found["score"], scores = scores[: len(ids)], np.split(scores[len(ids) :], there.sum(1).cumsum()[:-1])
         for i, row in enumerate(found):
-            rng = np.random.default_rng([args.seed, formats.key(source.name), int(ids[i])])
-            if len(retriever.pool) - len(taken[i]) < N - row["hard"]:
+            if source in searched:  # candidates that are there come first
+                hard, row["rejected"] = choose(row["score"], scores[i], args.margin, N)
+                row["candidates"], row["hard"] = len(scores[i]), len(hard)
+                for slot, j in enumerate(hard):
+                    row["negatives"][slot] = places[i, j], j + 1, cosines[i, j], scores[i][j]
+            if len(pool) - len(taken[i]) < N - row["hard"]:
                 raise ValueError(f"source {source.name}, row {ids[i]}: {row['hard']} negatives found and "
-                                 f"{len(retriever.pool) - len(taken[i])} texts to draw from, but --negatives {N}; lower it")
+                                 f"{len(pool) - len(taken[i])} texts to draw from; lower --negatives {N}, or --candidates")
+            rng = np.random.default_rng([args.seed, formats.key(source.name), int(ids[i])])
             for slot in range(row["hard"], N):
-                while (place := int(rng.integers(len(retriever.pool)))) in taken[i]:
+                while (place := int(rng.integers(len(pool)))) in taken[i]:
                     pass
                 taken[i].add(place)
                 row["negatives"][slot] = place, 0, 0, 0
         return found
 
-    report, mined = Report("rows", "candidates", "rejected", "", "topped up", "random"), {}
+    def mined(source: data.Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(ids, what was mined for them), some rows at a time."""
+        for first in range(0, len(rows[source.name]), args.chunk):
+            ids, places, cosines = rows[source.name][first : first + args.chunk], *np.empty((2, args.chunk, 0))
+            if source in searched:
+                search_them = partial(retrievers[source.name], ids, args.candidates)
+                places, cosines = np.load(work.keep(f"nearest-{source.name}-{first}", lambda: np.stack(search_them())))
+            for part in (slice(start, start + JUDGED) for start in range(0, len(ids), JUDGED)):
+                name = f"mined-{source.name}-{first + part.start}-{version}"
+                compute = partial(mine_rows, source, ids[part], places[part].astype(int), cosines[part])
+                yield ids[part], np.load(work.keep(name, compute))
+
     for source in sources:
-        ids = rows[source.name]
-        mined[source.name] = found = np.concatenate([np.empty(0, mined_row), *(
-            np.load(work.keep(f"mined-{source.name}-{start}", partial(mine_rows, source, ids[start : start + ROWS_AT_ONCE])))
-            for start in tqdm(range(0, len(ids), ROWS_AT_ONCE), unit="chunk", desc=source.name))])
-        tried, rejected, random = int(found["candidates"].sum()), int(found["rejected"].sum()), N - found["hard"].astype(int)
-        report.row(source.name, len(ids), tried, rejected, f"{rejected / max(tried, 1):.1%}", int((random > 0).sum()),
-                   int(random.sum()))
-        say_if_few(report, args, source, ids, "or raise --rows")
+        bar, sums = tqdm(total=len(rows[source.name]), unit="row", desc=source.name), np.zeros(4, int)
+        for ids, found in mined(source):
+            random = N - found["hard"].astype(int)
+            sums += np.array([found["candidates"].sum(), found["rejected"].sum(), (random > 0).sum(), random.sum()], int)
+            bar.update(len(ids))
+        bar.close()
+        candidates, rejected, topped_up, random = sums.tolist()
+        report.row(source.name, len(rows[source.name]), candidates, rejected, f"{rejected / max(candidates, 1):.1%}", topped_up,
+                   random)
 
     def with_negatives(source: data.Source) -> Iterator[dict]:
-        for i, found in zip(rows[source.name], mined[source.name]):
-            row, pool = source.read(i), retrievers[source.name].pool
-            chosen = found["negatives"]
+        pool = retrievers[source.name].pool
+        for i, row in ((i, row) for ids, found in mined(source) for i, row in zip(ids, found)):
+            query, positive, *_ = source.read(i)
             origins = [{"from": "retriever", "rank": int(n["rank"]), "cosine": round(float(n["cosine"]), 4),
-                        "score": round(float(n["score"]), 4)} for n in chosen[: found["hard"]]]
-            yield {"query": row.query, "positive": row.positive,
-                   **({"positive_score": round(float(found["score"]), 4)} if source in searched else {}),
-                   "negatives": [pool.text(place) for place in chosen["place"]],
-                   "mined": origins + [{"from": "random"}] * (N - found["hard"])}
+                        "score": round(float(n["score"]), 4)} for n in row["negatives"][: row["hard"]]]
+            yield {"query": query, "positive": positive,
+                   **({"positive_score": round(float(row["score"]), 4)} if source in searched else {}),
+                   "negatives": [pool.text(place) for place in row["negatives"]["place"]],
+                   "mined": origins + [{"from": "random"}] * (N - row["hard"])}
 
     def write(part: Path) -> None:
         write_sources(part, entries, sources, report, lambda source: {"path": with_negatives(source)})
-        if trained.is_dir():
+        if trained.is_dir() and not args.cross_encoder:
             shutil.copytree(trained, part / "cross-encoder")
 
     work.finish(write)
@@ -356,37 +391,35 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         add("--micro-tokens", type=int, default=16384, help="bound on the tokens of one forward pass, for memory only (ours)")
         add("--chunk", type=int, default=8192, help="texts embedded, searched and kept at a time (ours)")
         add("--seed", type=int, default=0, help="of every draw")
+    for name, batch_size in ("filter", 4096), ("mine", 256):
+        add = added[name]
+        add("--rows", type=int, help="work on so many rows, drawn by the sources' rates; unset: all")
+        add("--batch-size", type=int, default=batch_size, help="train.py's, to say which source would be too small for it")
+    for name in "cross-encoder", "mine":
+        added[name]("--candidates", type=int, default=50, help="what the retriever finds per query (ours)")
     add = added["filter"]
     add("--model", metavar="NAME_OR_DIR", required=True, help="the encoder that has to find the target (all-MiniLM-L6-v2 in "
                                                               "Jina Embeddings v1)")
     add("--pool", type=int, default=1_000_000, help="random targets that a target must stand out from (v1's)")
     add("--top-k", type=int, default=2, help="a pair stays if its target is among so many (v1's)")
-    add("--rows", type=int, help="work on so many rows, drawn by the sources' rates; unset: all")
-    for name in "cross-encoder", "mine":
-        add = added[name]
-        add("--candidates", type=int, default=50, help="what the retriever finds per query (ours)")
-        add("--judge-steps", type=int, default=300, help="steps of training a cross-encoder (ours)")
-        add("--judge-batch-size", type=int, default=32, help=f"queries a step, each with its positive and {JUDGE_NEGATIVES} "
-                                                            f"candidates (ours)")
-        add("--judge-lr", type=float, help="peak learning rate of a cross-encoder; unset: 1e-3 to width 256, else 5e-5 (ours)")
-    added["cross-encoder"]("--model", metavar="NAME_OR_DIR", required=True, help="the encoder to begin with")
-    added["cross-encoder"]("--retriever", metavar="NAME_OR_DIR", help="finds the candidates; unset: --model")
+    add = added["cross-encoder"]
+    add("--model", metavar="NAME_OR_DIR", required=True, help="the encoder to begin with")
+    add("--retriever", metavar="NAME_OR_DIR", help="finds the candidates; unset: --model")
+    add("--steps", type=int, default=JUDGE_STEPS, help=f"of {JUDGE_QUERIES} queries, each with its positive and "
+                                                       f"{JUDGE_NEGATIVES} candidates (ours)")
+    add("--lr", type=float, help="peak learning rate; unset: 1e-3 up to width 256, else 5e-5 (ours)")
     add = added["mine"]
     add("--retriever", metavar="NAME_OR_DIR", required=True, help="the bi-encoder that finds candidates")
     add("--cross-encoder", metavar="NAME_OR_DIR", help="a sequence-classification model with one logit (ms-marco-MiniLM-L-6-v2 "
                                                        "in v1); unset: one is trained from --retriever")
-    add("--margin", type=float, default=0.0, help="a negative's score is lower than the positive's by more (paper; v1: 0.2)")
+    add("--margin", type=float, default=0.0, help=f"a negative's score is lower than the positive's by more (0: the paper's; "
+                                                  f"0.2: v1's; differences up to {EQUAL} are none)")
     add("--negatives", type=int, default=15, help="negatives per row (the paper's)")
-    add("--rows", type=int, help="work on so many rows, drawn by the sources' rates; unset: all")
-    for name in "filter", "mine":
-        added[name]("--batch-size", type=int, default=4096 if name == "filter" else 256,
-                    help="train.py's, to say at once which source would be too small for it")
     args = parser.parse_args(argv)
-    at_least_1 = ("rows", "pool", "top_k", "candidates", "negatives", "batch_size", "chunk", "micro_tokens", "judge_steps",
-                  "judge_batch_size")
+    at_least_1 = "rows", "pool", "top_k", "candidates", "negatives", "batch_size", "chunk", "micro_tokens", "steps"
     for flags, good, expected in ((at_least_1, lambda x: x >= 1, "1 or more"), (["seed"], lambda x: x >= 0, "0 or more"),
                                   (["margin"], lambda x: 0 <= x < 1, "at least 0 and less than 1: scores are from 0 to 1"),
-                                  (["judge_lr"], lambda x: 0 < x < math.inf, "a number above 0")):
+                                  (["lr"], lambda x: 0 < x < math.inf, "a number above 0")):
         for flag in flags:
             if getattr(args, flag, None) is not None and not good(getattr(args, flag)):
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {expected}")

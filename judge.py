@@ -36,11 +36,13 @@ class Judge:
 
     def logits(self, pairs: list[tuple[str, str]]) -> Iterator[tuple[Tensor, Tensor]]:
         """(which pairs, their logits), pairs of similar length together."""
-        for index, ids, mask in data.micro_batches(self.tokenizer, pairs, self.max_length, self.micro_tokens):
-            ends = (ids == self.tokenizer.sep_token_id).long()
-            types = (ends.cumsum(1) > ends).long()  # [CLS] query [SEP] are 0, passage [SEP] 1
-            inputs = (x.to(self.device) for x in ([ids, mask, types] if self.typed else [ids, mask]))
-            yield index, self.encoder(*inputs).logits[:, 0].float().cpu()
+        if self.typed:  # a text that speaks of [SEP] would be split there
+            pairs = [tuple(text.replace(self.tokenizer.sep_token, " ") for text in pair) for pair in pairs]
+        for index, *inputs in data.micro_batches(self.tokenizer, pairs, self.max_length, self.micro_tokens):
+            if self.typed:
+                ends = (inputs[0] == self.tokenizer.sep_token_id).long()
+                inputs.append((ends.cumsum(1) > ends).long())  # [CLS] query [SEP] are 0, passage [SEP] 1
+            yield index, self.encoder(*(x.to(self.device) for x in inputs)).logits[:, 0].float().cpu()
 
     @torch.no_grad()
     def __call__(self, pairs: list[tuple[str, str]]) -> np.ndarray:

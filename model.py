@@ -218,7 +218,7 @@ class CrossEncoder(PreTrainedModel):
         self.bert = JinaBertModel(config)
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
-        self._keys_to_ignore_on_load_unexpected = None  # the backbone's, but a published reranker's head reads its pooler
+        self._keys_to_ignore_on_load_unexpected = None  # not the backbone's: a published reranker's head reads its pooler
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -303,14 +303,13 @@ def load_cross_encoder(name_or_path: str | Path, new_head: bool = False
     logits; with new_head such a model gets a head with random weights."""
     fields = {"num_labels": 1} if new_head else {}
     model, tokenizer, report = _open(name_or_path, CrossEncoder, AutoModelForSequenceClassification, **fields)
-    head = [name for name, _ in model.named_parameters() if not name.startswith(model.base_model_prefix + ".")]
-    last = [name for name in head if name.endswith(".weight")][-1]  # (outputs, D)
-    shapes = {key: shape for key, shape, _ in report["mismatched_keys"]}
-    outputs = 0 if last in report["missing_keys"] else shapes.get(last, model.get_parameter(last).shape)[0]
-    if not new_head and outputs != 1:
-        why = (f"its classification head has {outputs} outputs; one logit is needed" if outputs else "is an encoder without a "
-               f"classification head; `python curate.py cross-encoder --model {name_or_path}` trains one from it")
-        raise ValueError(f"model {name_or_path}: {why}")
+    head = {name for name, _ in model.named_parameters() if not name.startswith(model.base_model_prefix + ".")}
+    if not new_head and head & set(report["missing_keys"]):
+        raise ValueError(f"model {name_or_path}: is an encoder without a classification head; `python curate.py cross-encoder "
+                         f"--model {name_or_path}` trains one from it")
+    if not new_head and model.config.num_labels != 1:
+        raise ValueError(f"model {name_or_path}: its classification head has {model.config.num_labels} outputs; one logit is "
+                         f"needed")
     _complete(name_or_path, model, report, spare="|".join([r"pooler\.", r"^cls\.", *head]) if new_head else "(?!)")
     return model, tokenizer
 
@@ -333,9 +332,9 @@ def save(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, dire
         # Text Embeddings Inference picks the architecture by `_name_or_path`; transformers 5 drops that field, writes
         # its own class name, and leaves out every field that is at its default.
         published = {"architectures": ["JinaBertForMaskedLM"], "_name_or_path": "jinaai/jina-bert-implementation"}
+        kind = {"AutoModel": "model.JinaBertModel"} if pooled else {"AutoModelForSequenceClassification": "model.CrossEncoder"}
         config = network.config.to_dict() | (published if pooled else {}) | {
-            "auto_map": {"AutoConfig": "model.JinaBertConfig", "AutoModel": "model.JinaBertModel",
-                         "AutoModelForSequenceClassification": "model.CrossEncoder"}}
+            "auto_map": {"AutoConfig": "model.JinaBertConfig", **kind}}
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (directory / "model.py").write_bytes(Path(__file__).read_bytes())  # not copyfile: it may be this very file
     if not pooled:

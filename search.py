@@ -2,8 +2,8 @@
 
     Pool (distinct texts of sources) -> Embedder.chunks (unit vectors on disk) -> ranks, nearest
 
-What is done is kept, chunk by chunk, so that a command that was interrupted goes on (`Work`). Nothing here knows what is
-searched for or why. Axis letters: M queries, K texts of a pool, C nearest ones, D width.
+What is done is kept, chunk by chunk, so that a command that was interrupted goes on (`Work`). Nothing here knows which pairs
+or negatives are good ones. Axis letters: M queries, K texts of a pool, C nearest ones, D width.
 """
 
 import json
@@ -34,7 +34,8 @@ Cells = tuple[np.ndarray, np.ndarray]  # (which queries, which places of a pool)
 class Work:
     """What a command has done so far: arrays by name in OUT.work, each complete or absent, until `finish` publishes OUT.
 
-    identity: JSON-able, what must be the same for another start to go on. Raises ValueError where it is not, or OUT is in use.
+    identity: JSON-able, what must be the same for another start to go on. Raises ValueError where it is not, and where OUT is
+    not empty. For one process at a time.
     """
 
     def __init__(self, out: str, identity: dict):
@@ -49,8 +50,9 @@ class Work:
             raise ValueError(f"{path}: does not open ({error}); remove {self.directory}") from None
         for what in identity:
             if then.get(what) != identity[what]:
-                raise ValueError(f"{self.directory} holds the work of another command, with another {what} ({then.get(what)}, "
-                                 f"now {identity[what]}); remove that folder, or choose another --out")
+                values = f" ({then.get(what)}, now {identity[what]})" if len(str(identity[what])) < 60 else ""
+                raise ValueError(f"{self.directory} holds the work of another command, with another {what}{values}; remove "
+                                 f"that folder, or choose another --out")
         self._write(path, lambda part: part.write_text(json.dumps(identity)))
 
     def _check_out(self) -> None:

@@ -271,8 +271,7 @@ def test_a_saved_config_has_the_published_fields_and_nothing_is_pickled(tmp_path
     model.save(small(vocab_size=30528, hidden_size=64, num_attention_heads=1), tokenizer(), tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert {name: config.get(name) for name in FIELDS} == FIELDS
-    assert config["auto_map"] == {"AutoConfig": "model.JinaBertConfig", "AutoModel": "model.JinaBertModel",
-                                  "AutoModelForSequenceClassification": "model.CrossEncoder"}
+    assert config["auto_map"] == {"AutoConfig": "model.JinaBertConfig", "AutoModel": "model.JinaBertModel"}
     assert (config["layer_norm_eps"], config["attention_probs_dropout_prob"]) == (1e-12, 0.0)
     files = {str(path.relative_to(tmp_path / "m")) for path in (tmp_path / "m").rglob("*") if path.is_file()}
     assert files == {"config.json", "model.safetensors", "model.py", "tokenizer.json", "tokenizer_config.json",
@@ -466,7 +465,7 @@ REFUSED = {  # what happens to the directory of a cross-encoder, what opens it, 
     "a plain BERT": (lambda d: (shutil.rmtree(d), plain_bert(d)), CROSS, ValueError, "without a classification head"),
     "two outputs": (bert_with_head(2), CROSS, ValueError,
                     "its classification head has 2 outputs; one logit is needed"),
-    "two rows": (weights(lambda s: s | {"classifier.weight": torch.ones(2, 128)}), CROSS, ValueError, "has 2 outputs"),
+    "two rows": (weights(lambda s: s | {"classifier.weight": torch.ones(2, 128)}), CROSS, ValueError, "classifier.weight"),
     "a weight is missing": (weights(lambda s: {n: p for n, p in s.items() if n != "bert.encoder.layer.1.mlp.wo.bias"}),
                             CROSS, ValueError, "bert.encoder.layer.1.mlp.wo.bias"),
     "a published reranker's pooler": (weights(lambda s: s | {"bert.pooler.dense.bias": torch.ones(128)}), CROSS, ValueError,

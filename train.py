@@ -91,7 +91,7 @@ def parse_arguments(argv: list[str] | None, ranks: Ranks) -> tuple[argparse.Name
     if not args.resume and args.model in model.SIZES and Path(args.model, "config.json").is_file():
         raise ValueError(f"--model {args.model}: a size, but also a directory here; ./{args.model} means the directory")
     if args.stage == 3 and not args.sources:
-        raise ValueError("--stage 3: the default sources have no negatives; --sources names some that have")
+        raise ValueError("--stage 3: the default sources have no negatives; `curate.py mine` makes some, for --sources")
     if args.micro_tokens < args.max_length:
         raise ValueError(f"--micro-tokens {args.micro_tokens} is less than one text of --max-length {args.max_length}")
     return args, resumed
@@ -290,10 +290,11 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
 def report(run: Path, evaluations: list[dict], jina: bool) -> None:
     """What the run has done, and how to use it."""
     before, after = evaluations[0], evaluations[-1]
-    print(f"\n{'held-out recall@1':30}{'targets':>8}{'before':>8}{'after':>8}")
+    print(f"\n{'held-out: before -> after':30}{'targets':>8}{'recall@1':>18}{'nDCG@10':>18}")
     for name, scores in [*after["sources"].items(), *[("mean", after["mean"])] * bool(after["mean"])]:
         old = before["sources"].get(name, before["mean"])
-        print(f"{name:30}{scores['targets']:8.0f}{old['recall@1']:8.3f}{scores['recall@1']:8.3f}")
+        print(f"{name:30}{scores['targets']:8.0f}" + "".join(f"{old[metric]:9.3f} -> {scores[metric]:.3f}"
+                                                             for metric in ("recall@1", "ndcg@10")))
     path, flag = run / "model", ", trust_remote_code=True" if jina else ""
     print(f"{path} opens with model.load('{path}') and SentenceTransformer('{path}'{flag})"
           + ("; without that flag other tools build a plain BERT with random weights" if jina else ""))

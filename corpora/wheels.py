@@ -266,11 +266,12 @@ def build_model(directory: Path | None = None) -> Path:
 
 
 def show(manifest):
-    print(f"{manifest}\n{'source':24} {'pairs':>8}  words q / t    rate  licence")
+    print(f"{manifest}\n{'source':24} {'pairs':>8}  words q / t    rate  kind        licence")
     for entry in json.loads(manifest.read_text(encoding="utf-8")):
         rows = list(read_rows(manifest.parent / entry["path"]))
         query, target = (sum(len(row[side].split()) for row in rows) / len(rows) for side in (0, 1))
-        print(f"{entry['name']:24} {len(rows):8,} {query:6.1f} / {target:<5.1f} {entry['rate']:6.3f}  {entry['licence']}")
+        print(f"{entry['name']:24} {len(rows):8,} {query:6.1f} / {target:<5.1f} {entry['rate']:6.3f}  {entry['kind']:11}"
+              f" {entry['licence']}")
         for row in rows[len(rows) // 6::len(rows) // 3 or 1][:3]:
             print("    " + " -> ".join(textwrap.shorten(side, 70, placeholder=" ...") for side in row[:2]))
 

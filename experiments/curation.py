@@ -1,11 +1,12 @@
 """Planted errors: does the filter find swapped targets (§5.1), and does the cross-encoder find false negatives (§5.2)?
 
     python -m experiments.curation swapped --model DIR [--sources MANIFEST] [--rows 20000] [--pool 20000]
-    python -m experiments.curation copies --retriever DIR [--sources MANIFEST] [--cross-encoder DIR] [--rows 2000]
+    python -m experiments.curation copies --model DIR [--sources MANIFEST] [--rows 2000]
 
-swapped: in a tenth of the rows of every source, targets change places at random; then curate.py filter. copies: for every row
-three false negatives go among the candidates: its positive with an accent that tokenizers strip, its positive with its
-sentences in another order, and the same with every seventh word gone; then curate.py mine, at several margins.
+swapped: in a tenth of the rows of every source, targets change places at random; then curate.py filter. copies: a cross-encoder
+is trained on other rows; then, for every row, three false negatives go among the candidates: its positive with an accent that
+tokenizers strip, its positive with its sentences in another order, and that with every seventh word gone; then curate.py mine
+at several margins, beside the 15 that the retriever finds without a cross-encoder.
 """
 
 import argparse
@@ -18,18 +19,20 @@ import numpy as np
 
 import curate
 import data
+import search
 from corpora import installed_docs
 
 
-def rewritten(sources: list[data.Source], count: int, directory: Path, change) -> Path:
-    """A manifest of `count` rows of the sources, as change(rows of a source, rng) makes them."""
-    manifest, drawn = [], curate.draw(sources, count, seed=1)
+def rewritten(sources: list[data.Source], rows: dict[str, np.ndarray], directory: Path, change) -> Path:
+    """A manifest in `directory` of these rows, as change(rows of a source, rng) makes them, with what is held out."""
+    manifest = []
     for source in sources:
-        rows = [source.read(i) for i in drawn[source.name]]
-        curate.write_lines(directory / f"{source.name}.jsonl", change(rows, np.random.default_rng(len(rows))))
-        curate.write_lines(directory / f"{source.name}.eval.jsonl", ({"query": row.query, "positive": row.positive}
-                                                                     for row in source.held_out))
-        manifest.append({"name": source.name, "path": f"{source.name}.jsonl", "eval": f"{source.name}.eval.jsonl",
+        (directory / "eval").mkdir(parents=True, exist_ok=True)
+        made = change([source.read(i) for i in rows[source.name]], np.random.default_rng(len(manifest)))
+        curate.write_lines(directory / f"{source.name}.jsonl", made)
+        held_out = ({"query": row.query, "positive": row.positive} for row in source.held_out)
+        curate.write_lines(directory / "eval" / f"{source.name}.jsonl", held_out)
+        manifest.append({"name": source.name, "path": f"{source.name}.jsonl", "eval": f"eval/{source.name}.jsonl",
                          "rate": source.rate})
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory / "manifest.json"
@@ -46,9 +49,9 @@ def swapped(args: argparse.Namespace, sources: list[data.Source], directory: Pat
         return [{"query": row.query, "positive": target.get(i, row.positive), "negatives": [str(i in target)]}
                 for i, row in enumerate(rows)]  # whether it was swapped goes along as a negative
 
-    manifest, out = rewritten(sources, args.rows, directory, swap), directory / "out"
+    manifest, out = rewritten(sources, curate.draw(sources, args.rows, 0), directory, swap), directory / "out"
     curate.main(["filter", "--sources", str(manifest), "--model", args.model, "--pool", str(args.pool), "--out", str(out),
-                 "--max-length", str(args.max_length)])
+                 "--top-k", str(args.top_k), "--max-length", str(args.max_length)])
     print(f"{'':26}{'swapped':>10}{'dropped':>10}{'true':>10}{'kept':>10}")
     for source in sources:
         before, kept = (lines(folder / f"{source.name}.jsonl") for folder in (directory, out))
@@ -82,37 +85,50 @@ def copies(args: argparse.Namespace, sources: list[data.Source], directory: Path
         return [{"query": row.query, "positive": row.positive,
                  "negatives": [change(row.positive) for change in CHANGES.values()]} for row in rows]
 
-    manifest, judge = rewritten(sources, args.rows, directory, plant), args.cross_encoder
-    run = ["--sources", str(manifest), "--retriever", args.model, "--candidates", "20", "--max-length", str(args.max_length)]
-    if not judge:
-        judge = str(directory / "judge")
-        curate.main(["cross-encoder", *run, "--model", args.model, "--out", judge])
-    mined = {}
+    rows = curate.draw(sources, args.rows, 0)
+    others = curate.draw(sources, curate.JUDGE_STEPS * curate.JUDGE_QUERIES, 0, apart=rows)
+    plain = rewritten(sources, others, directory / "others", lambda rows, _: [{"query": row.query, "positive": row.positive}
+                                                                              for row in rows])
+    run, judge = ["--candidates", "20", "--max-length", str(args.max_length)], str(directory / "judge")
+    curate.main(["cross-encoder", "--sources", str(plain), "--model", args.model, "--out", judge, *run])
+    manifest = rewritten(sources, rows, directory, plant)
+    run += ["--sources", str(manifest), "--retriever", args.model, "--cross-encoder", judge]
+    planted = data.load_sources(manifest)
+    embed, known = search.Embedder(args.model, args.max_length, 16384, 8192), curate.known_positives(planted)
+    work, nearest = search.Work(str(directory / "nearest"), {}), []
+    for source in planted:
+        retriever = search.Retriever(source, known, embed, work)
+        nearest += [{retriever.pool.text(place) for place in places} for places in retriever(source.train, 15)[0]]
+    mined = {"no judge": nearest}
     for margin in "0", "0.1", "0.2", "0.4":
         out = directory / f"mined-{margin}"
-        curate.main(["mine", *run, "--cross-encoder", judge, "--margin", margin, "--out", str(out)])
+        curate.main(["mine", *run, "--margin", margin, "--out", str(out)])
         mined[margin] = [{n for n, origin in zip(row["negatives"], row["mined"]) if origin["from"] == "retriever"}
                          for source in sources for row in lines(out / f"{source.name}.jsonl")]
     rows = [row["negatives"] for source in sources for row in lines(directory / f"{source.name}.jsonl")]
-    print(f"{f'mined as a negative, of {len(rows)} rows; margin':52}" + "".join(f"{margin:>8}" for margin in mined))
+    print(f"{f'mined as a negative, of {len(rows)} rows; margin':52}" + "".join(f"{margin:>10}" for margin in mined))
     for i, name in enumerate(CHANGES):
         shares = [np.mean([row[i] in negatives for row, negatives in zip(rows, found)]) for found in mined.values()]
-        print(f"{name:52}" + "".join(f"{share:8.1%}" for share in shares))
+        print(f"{name:52}" + "".join(f"{share:10.1%}" for share in shares))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("swapped", "copies"))
-    parser.add_argument("--sources")
-    parser.add_argument("--model", "--retriever", dest="model", required=True)
-    parser.add_argument("--cross-encoder")
-    parser.add_argument("--rows", type=int, default=20000)
-    parser.add_argument("--pool", type=int, default=20000)
-    parser.add_argument("--max-length", type=int, default=128)
+    commands = parser.add_subparsers(required=True)
+    for run, rows in (swapped, 20000), (copies, 2000):
+        command = commands.add_parser(run.__name__)
+        command.set_defaults(run=run)
+        command.add_argument("--model", required=True)
+        command.add_argument("--sources")
+        command.add_argument("--rows", type=int, default=rows)
+        command.add_argument("--max-length", type=int, default=128)
+        if run is swapped:
+            command.add_argument("--pool", type=int, default=20000)
+            command.add_argument("--top-k", type=int, default=2)
     args = parser.parse_args()
     sources = data.load_sources(args.sources or installed_docs.build())
     with TemporaryDirectory() as directory:
-        {"swapped": swapped, "copies": copies}[args.what](args, sources, Path(directory))
+        args.run(args, sources, Path(directory))
 
 
 if __name__ == "__main__":

@@ -38,11 +38,11 @@ def seconds(form: str, texts: list[torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def peak() -> int:
-    """Bytes; of this process since it was started, which ru_maxrss counts from the process that started it."""
+def held(peak: bool) -> int:
+    """Bytes held now, or at most since this process was started (ru_maxrss counts from the process that started it)."""
     if CUDA:
-        return torch.cuda.max_memory_allocated()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    return 1024 * int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def measure(what: str, batch_size: int, negatives: int, width: int, repeats: int) -> list[float]:
@@ -56,9 +56,9 @@ def measure(what: str, batch_size: int, negatives: int, width: int, repeats: int
         return [median(times) for times in zip(*([seconds(form, texts) for form in FORMS] for _ in range(repeats)))]
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    before = peak()
+    before = held(peak=False)
     took = seconds(what, texts)
-    return [took, peak() - before - sum(x.grad.nbytes for x in texts)]
+    return [took, held(peak=True) - before - sum(x.grad.nbytes for x in texts)]
 
 
 def fits(batch_size: int, negatives: int) -> bool:

@@ -1,14 +1,15 @@
-"""Stage III against as many further steps of stage II from the same model (§5.2): held-out nDCG@10, over seeds.
+"""Arms of training from one model, over seeds: held-out nDCG@10 before and after (§5.2).
 
-    python -m experiments.stage_3 --model DIR --pairs FILTERED/manifest.json --mined MINED/manifest.json [train.py's flags]
+    python -m experiments.stage_3 --model DIR "stage II=2:FILTERED/manifest.json" "stage III=3:MINED/manifest.json" [flags]
 
-Both take the same number of steps of the same number of rows. "same texts" is stage II with as many texts a step as stage III
-has with 15 negatives. Other flags (--steps, --lr, --batch-size ...) go to train.py as they are; a run that is there is not run
-again.
+An arm is NAME=STAGE:MANIFEST, or NAME=STAGE:MANIFEST:BATCH_SIZE where it differs; the other flags (--steps, --lr, ...) go to
+train.py as they are. The first arm's sources say what is evaluated. A run that is there, with the same flags, is not run again.
 """
 
 import argparse
+import hashlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,33 +24,31 @@ def ndcg(run: Path) -> list[dict]:
             for e in (found[0], found[-1])]
 
 
+def train(stage: str, sources: str, batch_size: str, seed: int, model: str, flags: list[str]) -> Path:
+    command = ["--stage", stage, "--sources", sources, "--model", model, "--batch-size", batch_size, "--seed", str(seed),
+               *flags]
+    run = Path("runs/stage_3") / hashlib.sha256(" ".join(command).encode()).hexdigest()[:12]
+    if not (run / "model").is_dir():
+        shutil.rmtree(run, ignore_errors=True)
+        subprocess.run([sys.executable, "train.py", *command, "--out", str(run)], check=True)
+    return run
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("arms", nargs="+", metavar="NAME=STAGE:MANIFEST[:BATCH_SIZE]")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--pairs", required=True)
-    parser.add_argument("--mined", required=True)
+    parser.add_argument("--batch-size", default="256")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--out", type=Path, default=Path("runs/stage_3"))
-    parser.add_argument("--arms", nargs="+", default=["stage II", "stage II, same texts", "stage III"])
     args, flags = parser.parse_known_args()
-    arms = {"stage II": ["2", args.pairs, args.batch_size],
-            "stage II, same texts": ["2", args.pairs, args.batch_size * 17 // 2],
-            "stage II, mined rows": ["2", args.mined, args.batch_size], "stage III": ["3", args.mined, args.batch_size]}
-    results = {}
-    for seed in range(args.seeds):
-        for arm in args.arms:
-            stage, sources, size = arms[arm]
-            run = args.out / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
-            if not (run / "model").is_dir():
-                subprocess.run([sys.executable, "train.py", "--stage", stage, "--sources", sources, "--model", args.model,
-                                "--batch-size", str(size), "--seed", str(seed), "--out", str(run), *flags], check=True)
-            results.setdefault(arm, []).append(ndcg(run))
-    before, show = results[args.arms[0]][0][0], "{:14.3f} ({:.3f}-{:.3f})".format
-    print(f"\n{'held-out nDCG@10':26}{'before':>8}" + "".join(f"{arm:>24}" for arm in results))
-    for name in before:
-        values = [[after[name] for _, after in runs] for runs in results.values()]
-        print(f"{name:26}{before[name]:8.3f}" + "".join(show(statistics.mean(v), min(v), max(v)) for v in values))
+    arms = {name: (how.split(":") + [args.batch_size])[:3] for name, how in (arm.split("=", 1) for arm in args.arms)}
+    runs = {name: [ndcg(train(*how, seed, args.model, flags)) for seed in range(args.seeds)] for name, how in arms.items()}
+    before, show = next(iter(runs.values()))[0][0], "{:14.3f} ({:.3f}-{:.3f})".format
+    print(f"\n{'held-out nDCG@10':26}{'before':>8}" + "".join(f"{name:>28}" for name in runs))
+    for source in before:
+        values = [[after[source] for _, after in of] for of in runs.values()]
+        print(f"{source:26}{before[source]:8.3f}" + "".join(f"{show(statistics.mean(v), min(v), max(v)):>28}" for v in values))
 
 
 if __name__ == "__main__":
