@@ -296,13 +296,14 @@ def mine(args: argparse.Namespace) -> None:
     searched, trained, version = [s for s in sources if s.kind == "retrieval"], work.directory / "cross-encoder", ""
     if searched:
         pairs = held_out_pairs(searched, embed, args)
-        if not args.cross_encoder and not trained.is_dir():
+        if not args.cross_encoder:
             count, shared = JUDGE_STEPS * JUDGE_QUERIES, ""
             others = draw(searched, count, args.seed, apart=rows)
             if sum(map(len, others.values())) < count / 10:
                 others, shared = draw(searched, count, args.seed), " on rows that it will judge: --rows leaves too few others"
             report.say(f"no --cross-encoder: training one from {args.retriever}{shared}")
-            train_judge(args.retriever, [retrievers[s.name] for s in searched], others, JUDGE_STEPS, None, args, trained)
+            if not trained.is_dir():
+                train_judge(args.retriever, [retrievers[s.name] for s in searched], others, JUDGE_STEPS, None, args, trained)
         judge = open_judge(args.cross_encoder or trained, *pairs, report, args)
         version = search.fingerprint(judge.encoder)
     mined_row = np.dtype([("score", "<f4"), ("candidates", "<u4"), ("rejected", "<u4"), ("hard", "<u4"),

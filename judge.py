@@ -31,7 +31,8 @@ class Judge:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.encoder, self.tokenizer = encoder.to(self.device), tokenizer
         self.max_length, self.micro_tokens = min(max_length, tokenizer.model_max_length), micro_tokens
-        self.typed = getattr(encoder.config, "type_vocab_size", 1) > 1  # BERT is told which text a token is of, RoBERTa not
+        # BERT is told which text a token is of, RoBERTa not
+        self.typed = getattr(encoder.config, "type_vocab_size", 1) > 1 and tokenizer.sep_token is not None
         memory.mixed_precision(encoder, memory.choose_precision("auto", self.device)[0])
 
     def logits(self, pairs: list[tuple[str, str]]) -> Iterator[tuple[Tensor, Tensor]]:

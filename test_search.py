@@ -2,7 +2,6 @@
 multiples of 30 degrees, so that many cosines are equal."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -41,7 +40,8 @@ def texts(pool):
 @pytest.mark.parametrize("at_once", [1, 30, 10_000])
 def test_ranks_and_nearest_are_those_of_all_cosines_at_once_however_they_are_cut(size, at_once, monkeypatch):
     """A rank is 1 + the texts as near or nearer that are not barred: exact in whole angles, the smaller of d and 360 - d. The
-    nearest are the first of the sorted cosines, each of the place it is said to be of, no place twice."""
+    nearest are the first of the sorted cosines, each of the place it is said to be of, no place twice; 45 of 40 texts, some of
+    them barred, are all the others and then minus infinity."""
     def distance(a, b):
         return min((a - b) % 360, (b - a) % 360)
 
@@ -52,19 +52,12 @@ def test_ranks_and_nearest_are_those_of_all_cosines_at_once_however_they_are_cut
     assert search.ranks(plane(QUERIES), plane(OWN), chunks, BARRED).tolist() == expected
     dense = (plane(QUERIES) @ plane(TEXTS).T).numpy()
     dense[BARRED] = -np.inf
-    places, cosines = search.nearest(plane(QUERIES), chunks, 15, BARRED)
-    assert cosines == pytest.approx(-np.sort(-dense)[:, :15], abs=1e-6)
-    assert cosines == pytest.approx(np.take_along_axis(dense, places, 1), abs=1e-6)
-    assert all(len(set(row)) == 15 for row in places.tolist())
-
-
-def test_where_a_pool_is_smaller_than_asked_for_the_rest_is_minus_infinity():
-    """Three texts, one barred for the first query: 2 and 3 of the 5 places are filled."""
-    chunks, barred = [plane([80.0, 10.0]).numpy(), plane([40.0]).numpy()], (np.array([0]), np.array([1]))
-    places, cosines = search.nearest(plane([0.0, 90.0]), chunks, 5, barred)
-    assert np.isfinite(cosines).sum(1).tolist() == [2, 3]
-    assert [places[0, :2].tolist(), places[1, :3].tolist()] == [[2, 0], [0, 2, 1]]
-    assert cosines[0, 0] == pytest.approx(math.cos(math.radians(40)), abs=1e-6)
+    for count in 15, 45:
+        places, cosines = search.nearest(plane(QUERIES), chunks, count, BARRED)
+        assert cosines[:, :40] == pytest.approx(-np.sort(-dense)[:, :count], abs=1e-6) and (cosines[:, 40:] == -np.inf).all()
+        for i, there in enumerate(np.isfinite(cosines)):
+            assert cosines[i, there] == pytest.approx(dense[i, places[i, there]], abs=1e-6)
+            assert len(set(places[i, there])) == there.sum()
 
 
 # pools of texts
@@ -106,22 +99,3 @@ def test_barred_are_the_query_s_own_text_and_its_positives_in_any_source_or_coll
     for i, place in zip(*retriever.barred(np.arange(3))):
         barred[i].add(retriever.pool.text(place))
     assert barred == [{"q", "p0", "p1", "X0", "y"}, {"p2"}, {"q", "p0", "p1", "X0", "y"}]
-
-
-# what is done is kept
-
-def test_an_array_is_computed_once_and_is_there_whole_or_not_at_all(tmp_path):
-    work, calls = search.Work(str(tmp_path / "out"), {"flags": 1}), []
-
-    def compute():
-        calls.append(1)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        return np.arange(3)
-
-    with pytest.raises(KeyboardInterrupt):
-        work.keep("a/b", compute)
-    again = search.Work(str(tmp_path / "out"), {"flags": 1})
-    assert [np.load(again.keep("a/b", compute)).tolist() for _ in range(2)] == [[0, 1, 2]] * 2 and len(calls) == 2
-    again.finish(lambda part: (part / "done").touch())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
