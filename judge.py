@@ -15,6 +15,7 @@ from torch import Tensor
 
 import data
 import memory
+from search import device
 
 
 class Example(NamedTuple):
@@ -28,12 +29,11 @@ class Judge:
     .logits (B, 1). In bf16 where that is fast."""
 
     def __init__(self, encoder: torch.nn.Module, tokenizer, max_length: int, micro_tokens: int):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.encoder, self.tokenizer = encoder.to(self.device), tokenizer
+        self.encoder, self.tokenizer = encoder.to(device()), tokenizer
         self.max_length, self.micro_tokens = min(max_length, tokenizer.model_max_length), micro_tokens
         # BERT is told which text a token is of, RoBERTa not
         self.typed = getattr(encoder.config, "type_vocab_size", 1) > 1 and tokenizer.sep_token is not None
-        memory.mixed_precision(encoder, memory.choose_precision("auto", self.device)[0])
+        memory.mixed_precision(encoder, memory.choose_precision("auto", device())[0])
 
     def logits(self, pairs: list[tuple[str, str]]) -> Iterator[tuple[Tensor, Tensor]]:
         """(which pairs, their logits), pairs of similar length together."""
@@ -43,7 +43,7 @@ class Judge:
             if self.typed:
                 ends = (inputs[0] == self.tokenizer.sep_token_id).long()
                 inputs.append((ends.cumsum(1) > ends).long())  # [CLS] query [SEP] are 0, passage [SEP] 1
-            yield index, self.encoder(*(x.to(self.device) for x in inputs)).logits[:, 0].float().cpu()
+            yield index, self.encoder(*(x.to(device()) for x in inputs)).logits[:, 0].float().cpu()
 
     @torch.no_grad()
     def __call__(self, pairs: list[tuple[str, str]]) -> np.ndarray:

@@ -10,11 +10,23 @@ global batch, so no factor of the number of ranks belongs anywhere, here or in t
 over. `pair_loss` and `hard_negative_loss` are the same functions to train with: they hold a tile of the logits at a time.
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 1024  # rows and columns; on a CPU 512 is as fast, 2048 up to a fifth slower
+
+
+def no_autocast(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An autocast around the call would make bf16 logits of the fp32 vectors: see `unit`."""
+    @wraps(loss)
+    def of(q: Tensor, *others, **more) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            return loss(q, *others, **more)
+    return of
 
 
 def unit(x: Tensor) -> Tensor:
@@ -23,6 +35,7 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
+@no_autocast
 def equation_4(q: Tensor, p: Tensor, tau: float, columns: tuple[Tensor, Tensor] | None = None, row: int = 0) -> Tensor:
     """Equation (4), §5.1: the *sum* of both directions of the bidirectional InfoNCE loss, equation (3).
 
@@ -33,12 +46,12 @@ def equation_4(q: Tensor, p: Tensor, tau: float, columns: tuple[Tensor, Tensor] 
     row: where the own rows begin in them. -> scalar, fp32 (float64 for float64 input).
     """
     all_q, all_p = columns or (q, p)
-    with torch.autocast(q.device.type, enabled=False):
-        q, p, all_q, all_p = map(unit, (q, p, all_q, all_p))
-        own = torch.arange(row, row + len(q), device=q.device)
-        return F.cross_entropy(q @ all_p.T / tau, own) + F.cross_entropy(p @ all_q.T / tau, own)
+    q, p, all_q, all_p = map(unit, (q, p, all_q, all_p))
+    own = torch.arange(row, row + len(q), device=q.device)
+    return F.cross_entropy(q @ all_p.T / tau, own) + F.cross_entropy(p @ all_q.T / tau, own)
 
 
+@no_autocast
 def equation_5(q: Tensor, p: Tensor, n: Tensor, tau: float,
                columns: tuple[Tensor, Tensor, Tensor] | None = None, row: int = 0) -> Tensor:
     """Equation (5), §5.2: L_NCE+ for records (q, p, n_1 .. n_N), N = 15 in the paper.
@@ -51,11 +64,10 @@ def equation_5(q: Tensor, p: Tensor, n: Tensor, tau: float,
     row: where the own rows begin in them. -> scalar, as `equation_4`.
     """
     all_q, all_p, all_n = columns or (q, p, n)
-    with torch.autocast(q.device.type, enabled=False):
-        q, p, all_q, all_p, all_n = map(unit, (q, p, all_q, all_p, all_n))
-        own = torch.arange(row, row + len(q), device=q.device)
-        passages = torch.cat([all_p, all_n.flatten(0, 1)])  # (G + G N, D): the positives first, so `own` stays
-        return F.cross_entropy(q @ passages.T / tau, own) + F.cross_entropy(p @ all_q.T / tau, own)
+    q, p, all_q, all_p, all_n = map(unit, (q, p, all_q, all_p, all_n))
+    own = torch.arange(row, row + len(q), device=q.device)
+    passages = torch.cat([all_p, all_n.flatten(0, 1)])  # (G + G N, D): the positives first, so `own` stays
+    return F.cross_entropy(q @ passages.T / tau, own) + F.cross_entropy(p @ all_q.T / tau, own)
 
 
 class LogSumExp(torch.autograd.Function):
@@ -129,20 +141,20 @@ def both_directions(u_q: Tensor, q: Tensor, p: Tensor, all_q: Tensor, all_p: Ten
             (u_p * unit(all_q[rows])).sum(1) / tau, LogSumExp.apply(u_p, all_q, tau, row, False, tile)[0])
 
 
+@no_autocast
 def pair_loss(q: Tensor, p: Tensor, tau: float, columns: tuple[Tensor, Tensor] | None = None, row: int = 0,
               tile: int = TILE) -> Tensor:
     """Equation (4), `equation_4` with the same arguments; tile: rows and columns whose logits are held at a time."""
-    with torch.autocast(q.device.type, enabled=False):
-        own_q, over_p, own_p, over_q = both_directions(unit(q), q, p, *(columns or (q, p)), tau, row, tile)
-        return nll(own_q, over_p) + nll(own_p, over_q)
+    own_q, over_p, own_p, over_q = both_directions(unit(q), q, p, *(columns or (q, p)), tau, row, tile)
+    return nll(own_q, over_p) + nll(own_p, over_q)
 
 
+@no_autocast
 def hard_negative_loss(q: Tensor, p: Tensor, n: Tensor, tau: float, columns: tuple[Tensor, Tensor, Tensor] | None = None,
                        row: int = 0, tile: int = TILE) -> Tensor:
     """Equation (5), `equation_5` with the same arguments; tile as in `pair_loss`."""
     all_q, all_p, all_n = columns or (q, p, n)
-    with torch.autocast(q.device.type, enabled=False):
-        u_q, all_n = unit(q), all_n.flatten(0, 1)
-        own_q, over_p, own_p, over_q = both_directions(u_q, q, p, all_q, all_p, tau, row, tile)
-        over_n, _ = LogSumExp.apply(u_q, all_n, tau, len(all_n), False, tile)
-        return nll(own_q, torch.logaddexp(over_p, over_n)) + nll(own_p, over_q)
+    u_q, all_n = unit(q), all_n.flatten(0, 1)
+    own_q, over_p, own_p, over_q = both_directions(u_q, q, p, all_q, all_p, tau, row, tile)
+    over_n, _ = LogSumExp.apply(u_q, all_n, tau, len(all_n), False, tile)
+    return nll(own_q, torch.logaddexp(over_p, over_n)) + nll(own_p, over_q)
