@@ -38,7 +38,7 @@ from checkpoint import publish
 from judge import Example, Judge
 
 JUDGED = 1024  # rows judged at a time: with 30 candidates 31,744 pairs
-EQUAL = 0.01  # Ours: scores closer than this are equal: bf16's rounding of the logit alone moves a score by up to 0.0016
+EQUAL = 0.01  # Ours: scores closer than this are equal: bf16's rounding of the logit alone moves one by up to 0.0008
 TRIED = 200  # Ours: held-out queries per source that a cross-encoder is tried on
 JUDGE_STEPS, JUDGE_QUERIES, JUDGE_NEGATIVES = 300, 32, 4  # Ours: of a cross-encoder's training; candidates beside a positive
 NEGATIVE = np.dtype([("place", "<u4"), ("rank", "<u4"), ("cosine", "<f4"), ("score", "<f4")])  # a random one has rank 0
@@ -68,15 +68,10 @@ def draw(sources: list[data.Source], count: int | None, seed: int, apart: dict[s
 
 def identity(args: argparse.Namespace, sources: list[data.Source], *models: torch.nn.Module) -> dict:
     """What a command's work depends on."""
-    free = "run", "sources", "out", "micro_tokens", "batch_size", "cross_encoder"
-    opened = [*sources, *(more for source in sources for more in search.collection(source))]
+    free = "run", "sources", "out", "micro_tokens", "batch_size", "cross_encoder", "top_k", "margin", "negatives"
     return {**{name: value for name, value in vars(args).items() if name not in free},
-            "corpus": [[s.name, s.rate, s.kind, s.fingerprint] for s in opened],
+            "corpus": [[s.name, s.rate, s.kind, s.fingerprint] for s in search.with_collections(sources)],
             "hold-out": formats.key(str(sorted(sources[0].held_out_keys))), "model": list(map(search.fingerprint, models))}
-
-
-def known_positives(sources: list[data.Source]) -> search.Known:
-    return search.Known([*sources, *(more for source in sources for more in search.collection(source))])
 
 
 class Report:
@@ -96,9 +91,11 @@ class Report:
 
 
 def say_if_few(report: Report, args: argparse.Namespace, source: data.Source, rows: np.ndarray, advice: str) -> None:
-    if source.usable(rows) < args.batch_size:
+    if not len(rows):
+        report.say(f"    {source.name} keeps no row and is left out; {advice}")
+    elif source.usable(rows) < args.batch_size:
         report.say(f"    {source.name} keeps {source.usable(rows)} usable rows, fewer than --batch-size {args.batch_size}: "
-                   f"train.py would refuse it; lower it there, {advice}")
+                   f"train.py would refuse it; lower it there, or {advice}")
 
 
 def write_sources(part: Path, entries: list[dict], sources: list[data.Source], report: Report,
@@ -115,7 +112,7 @@ def write_sources(part: Path, entries: list[dict], sources: list[data.Source], r
         if "path" in written:
             manifest.append({field: value for field, value in entry.items() if field not in folder} | written)
     if not manifest:
-        raise ValueError("no source keeps a row; a larger --top-k or a smaller --pool keeps more")
+        raise ValueError("no source keeps a row: see the table")
     (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     (part / "report.txt").write_text("\n".join(report.lines) + "\n")
 
@@ -140,12 +137,12 @@ def filter_pairs(args: argparse.Namespace) -> None:
                          f"raise --pool, or lower --top-k")
     embed = search.Embedder(args.model, args.max_length, args.micro_tokens, args.chunk)
     work = search.Work(args.out, identity(args, sources, embed.encoder))
-    vectors, known = embed.chunks(work, "pool", pool), known_positives(sources)
+    vectors, known = embed.chunks(work, "pool", pool), search.Known(search.with_collections(sources), pool)
 
     def ranks(source: data.Source, rows: np.ndarray) -> np.ndarray:
         read = [source.read(row) for row in rows]
         q, own = embed([row.query for row in read]), embed([row.positive for row in read])
-        return search.ranks(q, own, vectors, known.cells(source.index["query"][rows], pool))
+        return search.ranks(q, own, vectors, known.cells(source.index["query"][rows]))
 
     report, found = Report("rows", "kept", "", "dropped"), {}
     report.say(f"    kept if among the first {args.top_k} of {len(pool):,} random targets and its own")
@@ -169,11 +166,16 @@ def filter_pairs(args: argparse.Namespace) -> None:
                 negatives = [text for text in negatives if formats.key(text) not in source.held_out_keys]
                 yield {"query": query, "positive": positive} | ({"negatives": negatives} if negatives else {})
 
+    queries = np.unique(np.concatenate([source.index["query"][rows[source.name]] for source in sources]))
+
     def dropped(source: data.Source) -> Iterator[dict]:
         for i, rank in zip(rows[source.name], found[source.name]):
             if rank > args.top_k:
                 reason = f"rank {rank} among {len(pool)} random targets and its own, --top-k {args.top_k}"
                 yield with_reason(source.read(i), reason)
+        undrawn = np.setdiff1d(source.train, rows[source.name])
+        for i in undrawn[np.isin(source.index["query"][undrawn], queries)]:  # else mine would not know this positive
+            yield with_reason(source.read(i), "not drawn (--rows), but its query is")
         for row in formats.read_rows(source.collection) if source.collection else ():
             if formats.key(row.positive) not in source.held_out_keys:
                 yield with_reason(row, "of the collection, not of the source")
@@ -260,13 +262,13 @@ def cross_encoder(args: argparse.Namespace) -> None:
     sources, _ = open_sources(args)
     embed = search.Embedder(args.retriever or args.model, args.max_length, args.micro_tokens, args.chunk)
     work = search.Work(args.out, identity(args, sources, embed.encoder, model.load(args.model)[0]))
-    judge, known = work.directory / "cross-encoder", known_positives(sources)
+    judge = work.directory / "cross-encoder"
     searched = [source for source in sources if source.kind == "retrieval"]
     if not searched:
         raise ValueError("no source is of kind \"retrieval\": a cross-encoder is not needed")
     pairs = held_out_pairs(searched, embed, args)
     if not judge.is_dir():
-        retrievers = [search.Retriever(source, known, embed, work) for source in searched]
+        retrievers = [search.Retriever(source, sources, embed, work) for source in searched]
         rows = draw(searched, args.steps * JUDGE_QUERIES, args.seed)
         train_judge(args.model, retrievers, rows, args.steps, args.lr, args, judge)
     open_judge(judge, *pairs, Report(), args)
@@ -288,11 +290,11 @@ def mine(args: argparse.Namespace) -> None:
     sources, entries = open_sources(args)
     embed = search.Embedder(args.retriever, args.max_length, args.micro_tokens, args.chunk)
     work = search.Work(args.out, identity(args, sources, embed.encoder))
-    rows, known, N = draw(sources, args.rows, args.seed), known_positives(sources), args.negatives
-    retrievers = {source.name: search.Retriever(source, known, embed, work) for source in sources}
+    rows, N = draw(sources, args.rows, args.seed), args.negatives
+    retrievers = {source.name: search.Retriever(source, sources, embed, work) for source in sources}
     report = Report("rows", "candidates", "rejected", "", "topped up", "random")
     for source in sources:
-        say_if_few(report, args, source, rows[source.name], "or raise --rows")
+        say_if_few(report, args, source, rows[source.name], "raise --rows")
     searched, trained, version = [s for s in sources if s.kind == "retrieval"], work.directory / "cross-encoder", ""
     if searched:
         pairs = held_out_pairs(searched, embed, args)
@@ -305,7 +307,7 @@ def mine(args: argparse.Namespace) -> None:
             if not trained.is_dir():
                 train_judge(args.retriever, [retrievers[s.name] for s in searched], others, JUDGE_STEPS, None, args, trained)
         judge = open_judge(args.cross_encoder or trained, *pairs, report, args)
-        version = search.fingerprint(judge.encoder)
+        version = f"{search.fingerprint(judge.encoder)}-{args.margin}"
     mined_row = np.dtype([("score", "<f4"), ("candidates", "<u4"), ("rejected", "<u4"), ("hard", "<u4"),
                           ("negatives", NEGATIVE, N)])
 
@@ -327,7 +329,7 @@ def mine(args: argparse.Namespace) -> None:
                     row["negatives"][slot] = places[i, j], j + 1, cosines[i, j], scores[i][j]
             if len(pool) - len(taken[i]) < N - row["hard"]:
                 raise ValueError(f"source {source.name}, row {ids[i]}: {row['hard']} negatives found and "
-                                 f"{len(pool) - len(taken[i])} texts to draw from; lower --negatives {N}, or --candidates")
+                                 f"{len(pool) - len(taken[i])} texts to draw from; lower --negatives {N}")
             rng = np.random.default_rng([args.seed, formats.key(source.name), int(ids[i])])
             for slot in range(row["hard"], N):
                 while (place := int(rng.integers(len(pool)))) in taken[i]:
@@ -344,7 +346,7 @@ def mine(args: argparse.Namespace) -> None:
                 search_them = partial(retrievers[source.name], ids, args.candidates)
                 places, cosines = np.load(work.keep(f"nearest-{source.name}-{first}", lambda: np.stack(search_them())))
             for part in (slice(start, start + JUDGED) for start in range(0, len(ids), JUDGED)):
-                name = f"mined-{source.name}-{first + part.start}-{version}"
+                name = f"mined-{source.name}-{first + part.start}-{version}-{N}"
                 compute = partial(mine_rows, source, ids[part], places[part].astype(int), cosines[part])
                 yield ids[part], np.load(work.keep(name, compute))
 

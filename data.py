@@ -73,7 +73,9 @@ class Source:
         if not len(self.index):
             raise ValueError(f"source {name}: {path} holds no pair")
         self.file = open(done / "unpacked.jsonl" if path.suffix == ".gz" else path, "rb")
-        self.fingerprint = blake2b(self.index.tobytes() + self.negative_keys.tobytes(), digest_size=8).hexdigest()
+        fingerprint = blake2b(self.index, digest_size=8)
+        fingerprint.update(self.negative_keys)
+        self.fingerprint = fingerprint.hexdigest()
 
     def _index(self, directory: Path) -> None:
         if self.path.suffix == ".gz" or self.path.stat().st_size > 1 << 27:
@@ -167,11 +169,11 @@ class SourceBatches(Iterator):
     batch_size: rows of the global batch; rank r gets rows r * batch_size / world_size and on. negatives: how many negatives
     a row gives: 0 in stage II, 15 in the paper's stage III, None for whatever it has.
 
-    Ours: no text stands twice in a global batch as a query, nor twice as a positive, and no positive among the negatives
-    of another row: in equations (4) and (5) it would be a false negative. A row that collides waits for its source's next
-    batch. Every draw has a seed of its own: the source of a batch (seed, step), the order of an epoch (seed, source, epoch),
-    a row's negatives (seed, source, epoch, row). So the state is a cursor and the ids of the rows that wait, and resuming
-    replays nothing.
+    Ours: no text stands twice in a global batch, as query or positive, and none of these among the negatives: in equations
+    (4) and (5) it would be contrasted with its own copy, or with its answer's. A row that collides waits for its source's
+    next batch. Every draw has a seed of its own: the source of a batch (seed, step), the order of an epoch (seed, source,
+    epoch), a row's negatives (seed, source, epoch, row). So the state is a cursor and the ids of the rows that wait, and
+    resuming replays nothing.
     """
 
     def __init__(self, sources: list[Source], batch_size: int, seed: int, rank: int = 0, world_size: int = 1,
@@ -186,7 +188,7 @@ class SourceBatches(Iterator):
             rows = source.train
             if negatives:
                 counts = source.index["negatives"][rows].astype(int)
-                if counts.min() < negatives:
+                if counts.min(initial=negatives) < negatives:
                     raise ValueError(f"{source.path}, line {source.line_number(rows[counts.argmin()])}: {counts.min()} "
                                      f"negatives, but --negatives {negatives}; lower it, or mine more")
                 barred = np.isin(source.negative_keys, np.array(list(source.held_out_keys), "<u8"))
@@ -211,8 +213,8 @@ class SourceBatches(Iterator):
             dropped += len(picked) + len(state["waiting"])
             state.update(epoch=state["epoch"] + 1, cursor=0, waiting=[])
         else:
-            raise ValueError(f"source {source.name}: a whole epoch gives {len(picked)} rows that fit together (no query or "
-                             f"positive twice, none among the negatives), but --batch-size {self.batch_size}; lower it")
+            raise ValueError(f"source {source.name}: a whole epoch gives {len(picked)} rows that fit together (no text twice, "
+                             f"none among the negatives), but --batch-size {self.batch_size}; lower it")
         rows = [(source.read(row), chosen) for row, chosen in picked[self.own]]
         rows = [row._replace(negatives=[row.negatives[j] for j in chosen]) for row, chosen in rows]
         return Batch(source.name, rows, dropped, f"{key(str([row for row, _ in picked])):016x}")
@@ -223,21 +225,19 @@ class SourceBatches(Iterator):
             rng = np.random.default_rng([self.seed, key(source.name), state["epoch"]])
             self.orders[source.name] = state["epoch"], rng.permutation(self.rows[source.name])
         order = self.orders[source.name][1]
-        picked, waiting, queries, positives, negatives = [], [], set(), set(), set()
+        picked, waiting, texts, negatives = [], [], set(), set()
         block = np.array(state["waiting"], int)
         while True:
-            texts = (source.index[side][block].tolist() for side in ("query", "positive"))
-            for row, query, positive in zip(block.tolist(), *texts):
-                if len(picked) == self.batch_size or query in queries or positive in positives or positive in negatives:
+            for row, *pair in zip(block.tolist(), *(source.index[side][block].tolist() for side in ("query", "positive"))):
+                if len(picked) == self.batch_size or not texts.isdisjoint(pair) or not negatives.isdisjoint(pair):
                     waiting.append(row)
                     continue
-                chosen, keys = self._negatives(source, row, positive, state["epoch"])
-                if not keys.isdisjoint(positives) or len(chosen) < (self.negatives or 0):  # too few: its positive is among them
+                chosen, keys = self._negatives(source, row, pair, state["epoch"])
+                if not keys.isdisjoint(texts) or len(chosen) < (self.negatives or 0):  # too few: its own texts are among them
                     waiting.append(row)
                     continue
                 picked.append((row, chosen))
-                queries.add(query)
-                positives.add(positive)
+                texts.update(pair)
                 negatives |= keys
             block = order[state["cursor"] : state["cursor"] + self.batch_size - len(picked)]
             if not len(block):
@@ -245,13 +245,13 @@ class SourceBatches(Iterator):
                 return picked
             state["cursor"] += len(block)
 
-    def _negatives(self, source: Source, row: int, positive: int, epoch: int) -> tuple[list[int], set[int]]:
+    def _negatives(self, source: Source, row: int, pair: list[int], epoch: int) -> tuple[list[int], set[int]]:
         """Which of its negatives a row gives in this epoch, and their keys."""
         if self.negatives == 0:
             return [], set()
         first, count = int(source.index["first_negative"][row]), int(source.index["negatives"][row])
         keys = source.negative_keys[first : first + count].tolist()
-        chosen = [j for j, k in enumerate(keys) if k != positive and k not in source.held_out_keys]
+        chosen = [j for j, k in enumerate(keys) if k not in pair and k not in source.held_out_keys]
         if self.negatives is not None and len(chosen) > self.negatives:
             rng = np.random.default_rng([self.seed, key(source.name), epoch, row])
             chosen = sorted(rng.choice(chosen, self.negatives, replace=False).tolist())

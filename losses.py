@@ -131,7 +131,8 @@ def nll(own: Tensor, others: Tensor) -> Tensor:
 
 def both_directions(u_q: Tensor, q: Tensor, p: Tensor, all_q: Tensor, all_p: Tensor, tau: float, row: int, tile: int):
     """For queries and for positives the logit of their own pair and the log-sum-exp over the others: own_q, over_p, own_p,
-    over_q (B,). u_q: q's unit rows. Where own rows are all there are, the two directions share one pass over the logits."""
+    over_q (B,). u_q: q's unit rows. Where own rows are all there are, the two directions share one pass over the logits; with
+    other ranks' columns they are two products, for own rows are queries in one and positives in the other."""
     if all_q is q and all_p is p:
         own = (u_q * unit(p)).sum(1) / tau
         over_p, over_q = LogSumExp.apply(u_q, p, tau, 0, True, tile)

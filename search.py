@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -44,8 +44,11 @@ class Work:
         self._check_out()
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / "identity.json"
+        work = {file.name for file in self.directory.iterdir()} - {path.name, "part.json"}
+        if work and not path.is_file():
+            raise ValueError(f"{self.directory}: holds something else, and would be removed at the end; choose another --out")
         try:
-            then = json.loads(path.read_text()) if path.is_file() else identity
+            then = json.loads(path.read_text()) if work else identity
         except ValueError as error:
             raise ValueError(f"{path}: does not open ({error}); remove {self.directory}") from None
         for what in identity:
@@ -73,8 +76,7 @@ class Work:
         return path
 
     def finish(self, write: Callable[[Path], None]) -> None:
-        self._check_out()
-        publish(self.out, write)
+        publish(self.out, lambda part: (write(part), self._check_out()))
         shutil.rmtree(self.directory)
 
 
@@ -131,8 +133,9 @@ class Pool:
 
     def find(self, keys: np.ndarray) -> Cells:
         """Which of these keys (M,) are in the pool, and at which places."""
-        place = np.searchsorted(self.keys, keys).clip(max=len(self) - 1)
-        there = np.flatnonzero(self.keys[place] == keys)
+        place = np.searchsorted(self.keys, keys)
+        there = np.flatnonzero(place < len(self))
+        there = there[self.keys[place[there]] == keys[there]]
         return there, place[there]
 
 
@@ -159,15 +162,17 @@ class Embedder:
 
 def blocks(q: Tensor, chunks: list[Path | np.ndarray], barred: Cells) -> Iterator[tuple[slice, int, Tensor]]:
     """Cosines of queries q (M, D) and a pool, -inf where barred -> which queries, the place of the first column, (m, k)."""
-    first = 0
+    first, order = 0, np.argsort(barred[1])
+    query, place = barred[0][order], barred[1][order].astype(int)
     for chunk in chunks:
         vectors = torch.from_numpy(np.load(chunk) if isinstance(chunk, Path) else chunk).to(q.device)
         size = max(1, evaluate.SCORES_AT_ONCE // len(vectors))
+        here = slice(*np.searchsorted(place, (first, first + len(vectors))))
         for start in range(0, len(q), size):
             cosine = q[start : start + size] @ vectors.T
-            i, place = barred[0] - start, barred[1].astype(int) - first
-            here = (i >= 0) & (i < len(cosine)) & (place >= 0) & (place < len(vectors))
-            cosine[torch.from_numpy(i[here]), torch.from_numpy(place[here])] = -torch.inf
+            i, j = query[here] - start, place[here] - first
+            inside = (i >= 0) & (i < len(cosine))
+            cosine[torch.from_numpy(i[inside]), torch.from_numpy(j[inside])] = -torch.inf
             yield slice(start, start + size), first, cosine
         first += len(vectors)
 
@@ -194,34 +199,41 @@ def nearest(q: Tensor, chunks: list[Path | np.ndarray], count: int, barred: Cell
 
 
 class Known:
-    """Every positive that any of the sources has for a query."""
+    """Which texts of a pool any of the sources has as a positive of a query."""
 
-    def __init__(self, sources: list[Source]):
-        queries, positives = (np.concatenate([s.index[side] for s in sources]) for side in ("query", "positive"))
+    def __init__(self, sources: list[Source], pool: Pool):
+        found = [(s, *pool.find(s.index["positive"])) for s in sources]
+        queries = np.concatenate([s.index["query"][there] for s, there, _ in found])
         order = np.argsort(queries, kind="stable")
-        self.queries, self.positives = queries[order], positives[order]
+        self.pool, self.queries, self.places = pool, queries[order], np.concatenate([place for *_, place in found])[order]
 
-    def cells(self, queries: np.ndarray, pool: Pool) -> Cells:
-        """Where in a pool the positives of these queries (their keys, (M,)) stand, and the queries' own texts."""
+    def cells(self, queries: np.ndarray) -> Cells:
+        """Where in the pool the positives of these queries (their keys, (M,)) stand, and the queries' own texts."""
         first, last = (np.searchsorted(self.queries, queries, side) for side in ("left", "right"))
-        which = np.concatenate([np.arange(len(queries)), np.repeat(np.arange(len(queries)), last - first)])
-        there, place = pool.find(np.concatenate([queries, *(self.positives[a:b] for a, b in zip(first, last))]))
-        return which[there], place
+        there, own = self.pool.find(queries)
+        return (np.concatenate([there, np.repeat(np.arange(len(queries)), last - first)]),
+                np.concatenate([own, *(self.places[a:b] for a, b in zip(first, last))]))
 
 
+@cache
 def collection(source: Source) -> list[Source]:
     """The source's collection, opened, where it has one."""
     return [Source(f"{source.name}, collection", source.collection, 1, source.kind, source.cache)] if source.collection else []
+
+
+def with_collections(sources: list[Source]) -> list[Source]:
+    return [*sources, *(more for source in sources for more in collection(source))]
 
 
 class Retriever:
     """What a bi-encoder finds for the queries of a source among its targets, its rows' given negatives and the targets of its
     collection."""
 
-    def __init__(self, source: Source, known: Known, embed: Embedder, work: Work):
-        self.source, self.known, self.embed, self.work = source, known, embed, work
+    def __init__(self, source: Source, sources: list[Source], embed: Embedder, work: Work):
+        self.source, self.embed, self.work = source, embed, work
         self.pool = Pool([positives(source, source.train), negatives(source, source.train),
                           *(positives(more, np.arange(len(more.index))) for more in collection(source))])
+        self.known = Known(with_collections(sources), self.pool)
 
     @cached_property
     def vectors(self) -> list[Path]:
@@ -229,7 +241,7 @@ class Retriever:
 
     def barred(self, rows: np.ndarray) -> Cells:
         """What is no negative of these rows."""
-        return self.known.cells(self.source.index["query"][rows], self.pool)
+        return self.known.cells(self.source.index["query"][rows])
 
     def __call__(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """-> places in the pool (M, C) and cosines (M, C), as `nearest`."""

@@ -242,6 +242,27 @@ def test_rows_are_drawn_by_the_sources_rates_and_a_small_source_gives_what_it_ha
     assert set(few) < set(more) and few != ["q0 0", "q1 1", "q2 2"]
 
 
+def test_a_drawn_query_s_other_positives_stay_known_to_mine(plane):
+    """Every query has two positives, in two rows, and about half of the rows are drawn: a row that was not, but whose query
+    was, is named; mine then draws it for no row of its query. For r0, s0 of b is a positive of a's query."""
+    sources({"a": {"kind": "similarity"}, "b": {"kind": "similarity"}},
+            a=[[f"q{i // 2} {i // 2}", f"p{i} {i}"] for i in range(18)] + [["r0 0", "x 5"]],
+            b=[["r0 0", "s0 1"], *([f"r{i} {i}", f"s{i} {i}"] for i in range(1, 19))])
+    rows = {name: lines(f"{name}.jsonl") for name in "ab"}
+    run("filter", "filtered", "--rows", 20, "--top-k", 37)
+    kept, dropped = ({name: {(row["query"], row["positive"]) for row in lines(f"filtered/{folder}{name}.jsonl")}
+                      for name in "ab"} for folder in ("", "dropped/"))
+    drawn = {query for pairs in kept.values() for query, _ in pairs}
+    assert sum(map(len, kept.values())) == 20
+    assert any(dropped.values()) and all(dropped[name] == {(q, p) for q, p in map(tuple, rows[name]) if q in drawn} - kept[name]
+                                         for name in "ab")
+    assert {row["reason"] for row in lines("filtered/dropped/a.jsonl") + lines("filtered/dropped/b.jsonl")} == {
+        "not drawn (--rows), but its query is"}
+    run("mine", "mined", "--sources", "filtered/manifest.json", "--negatives", 3)
+    known = {pair for name in "ab" for pair in map(tuple, rows[name])}
+    assert not {(row["query"], n) for name in "ab" for row in lines(f"mined/{name}.jsonl") for n in row["negatives"]} & known
+
+
 # §5.2: negatives
 
 @pytest.mark.parametrize("margin, count, chosen, rejected", [
@@ -333,7 +354,7 @@ def test_what_a_source_without_a_kept_row_holds_out_is_no_negative_after_the_fil
 
 def test_a_cross_encoder_is_tried_on_20_held_out_pairs_of_all_searched_sources(plane, capsys, monkeypatch):
     """a holds out 10 pairs, all it has, c 9 or 10; b is not searched, and its 4 do not count. a is left with no row to mine.
-    Where they are too few, it is said before one is trained."""
+    Where they are too few, it is said before one is trained; nothing was done then, and the same --out may go another way."""
     monkeypatch.setattr(curate, "train_judge", None)
     pairs = lines("eval.jsonl")
     write("of_b.jsonl", [[f"r{i} {i}", f"s{i} {i}"] for i in range(4)])
@@ -344,9 +365,10 @@ def test_a_cross_encoder_is_tried_on_20_held_out_pairs_of_all_searched_sources(p
         said = refused(capsys, *command)
         assert "19 held-out pairs are too few" in said and "eval files with 20 or more" in said
     write("of_c.jsonl", pairs[10:20])
-    run("mine", "out", "--cross-encoder", "reranker", "--negatives", 2, "--candidates", 3)
-    assert "the cross-encoder ranks 20 of 20 rightly" in capsys.readouterr().out
-    assert [entry["name"] for entry in json.loads(Path("out/manifest.json").read_text())] == ["b", "c"]
+    run("mine", "few", "--cross-encoder", "reranker", "--negatives", 2, "--candidates", 3)
+    said = capsys.readouterr().out
+    assert "the cross-encoder ranks 20 of 20 rightly" in said and "a keeps no row and is left out; raise --rows" in said
+    assert [entry["name"] for entry in json.loads(Path("few/manifest.json").read_text())] == ["b", "c"]
 
 
 def test_a_held_out_positive_is_tried_against_a_near_target_and_so_is_the_retriever(plane):
@@ -362,7 +384,7 @@ def test_a_held_out_positive_is_tried_against_a_near_target_and_so_is_the_retrie
 
 @pytest.mark.parametrize("command, call, again", [
     ("filter", 2, [1, 2, 3, 4, 5, 6, 7, 8]), ("filter", 4, [3, 4, 5, 6, 7, 8]), ("filter", 5, [3, 4, 5, 6, 7, 8]),
-    ("filter", 8, [7, 8]), ("mine", 4, [*range(20)]), ("mine", 10, [0, 1, 2, *range(9, 20)]), ("mine", 20, [0, 1, 19])])
+    ("filter", 8, [7, 8]), ("mine", 5, [0, 1, 2, *range(4, 20)]), ("mine", 10, [0, 1, 2, *range(9, 20)]), ("mine", 20, [0, 1, 19])])
 def test_a_command_that_was_stopped_goes_on_where_it_was(plane, monkeypatch, capsys, command, call, again):
     """The signal comes as the retriever is called for the time `call` (from 1); `again`: which calls (from 0) the second start
     makes. filter, 6 rows, chunks of 2: calls 0 to 2 for the pool, then queries and targets of three chunks; half a chunk is
@@ -389,8 +411,9 @@ def test_a_command_that_was_stopped_goes_on_where_it_was(plane, monkeypatch, cap
 
 def test_after_an_interruption_another_cross_encoder_goes_on_with_what_the_retriever_found(plane, monkeypatch, capsys):
     """One row judged at a time: call 0 are the held-out pairs, 1 is row 0, 2 is row 1; stopped at 2. Another cross-encoder
-    judges all three, and the same one row 1 again; the retriever embeds the held-out pairs alone. With margin .2 row 0's n4,
-    n5, n6 are below .7; of the squares .801, .5625, .828, .09, .476, .01 those of n2, n4, n5, n6 are below .81 - .2."""
+    judges all three, and so does the same one at another margin, or for another number of negatives; with nothing changed it
+    judges row 1 again. The retriever embeds the held-out pairs alone. With margin .2 row 0's n4, n5, n6 are below .7; of the
+    squares .801, .5625, .828, .09, .476, .01 those of n2, n4, n5, n6 are below .81 - .2."""
     mined_toy()
     monkeypatch.setattr(curate, "JUDGED", 1)
     flags, judged, call = ("--negatives", 3, "--candidates", 6, "--margin", 0.2, "--cross-encoder"), [], judge.Judge.__call__
@@ -402,11 +425,17 @@ def test_after_an_interruption_another_cross_encoder_goes_on_with_what_the_retri
             call(self, pairs) if len(judged) < 3 else os.kill(os.getpid(), signal.SIGINT)))
         refused(capsys, "mine", "out", *flags, "reranker", status=130)
     monkeypatch.setattr(judge.Judge, "__call__", lambda self, pairs: judged.append(pairs) or call(self, pairs))
-    shutil.copytree("out.work", "same.work")
+    for out in "same", "margin", "fewer":
+        shutil.copytree("out.work", f"{out}.work")
     for out, name, again in ("out", "square", 3), ("same", "reranker", 2):
         judged.clear(), plane.clear()
         run("mine", out, *flags, name)
         assert len(judged) == again and len(plane) == 2 and tree(out) == tree(f"with-{name}")
+    for out, *other in ("margin", "--margin", 0.4), ("fewer", "--negatives", 1):
+        judged.clear()
+        run("mine", out, *flags, "reranker", *other)
+        run("mine", f"new-{out}", *flags, "reranker", *other)
+        assert len(judged) == 3 + 3 and tree(out) == tree(f"new-{out}") != tree("same")
 
 
 @pytest.mark.parametrize("what", ["corpus", "hold-out", "model"])
@@ -418,7 +447,7 @@ def test_work_of_other_texts_or_models_under_the_same_names_is_not_gone_on_with(
     shutil.copytree("toy", "own")
     command = "mine", "out", "--retriever", "own", "--cross-encoder", "reranker", "--candidates", 6, "--negatives", 14
     said = refused(capsys, *command)
-    assert "row 0: 4 negatives found and 9 texts to draw from; lower --negatives 14, or --candidates" in said
+    assert "row 0: 4 negatives found and 9 texts to draw from; lower --negatives 14" in said
     if what == "corpus":
         write("more.jsonl", [["q2 2", "p2 90 3"]])
     elif what == "hold-out":
@@ -428,6 +457,14 @@ def test_work_of_other_texts_or_models_under_the_same_names_is_not_gone_on_with(
         next(encoder.parameters()).data += 1
         model.save(encoder, tokenizer, "own")
     assert f"out.work holds the work of another command, with another {what}" in refused(capsys, *command)
+
+
+def test_a_folder_that_is_not_ours_is_not_taken_for_the_work_of_a_command(plane, capsys):
+    sources({"a": {}}, a=SIX)
+    Path("out.work").mkdir()
+    Path("out.work/thesis").write_text("mine")
+    assert "out.work: holds something else, and would be removed at the end" in refused(capsys, "filter", "out")
+    assert os.listdir("out.work") == ["thesis"]
 
 
 def test_a_file_that_has_come_into_out_meanwhile_is_not_deleted(plane, monkeypatch, capsys):
@@ -633,15 +670,14 @@ def test_collections_in_their_own_layouts_go_through_every_command_and_train(fol
 # stage III embeds a text once
 
 def test_a_text_that_stands_several_times_in_a_step_is_embedded_once(folder, monkeypatch):
-    """8 queries, 8 positives, 16 negatives: 8 copies of one text and the 8 queries again. 17 texts of 32."""
-    sources({"a": {}}, a=[[f"w{i} w{i + 9}", f"w{i + 9} w{i + 1}", "w1 w2 w3", f"w{(i + 1) % 8} w{(i + 1) % 8 + 9}"]
-                          for i in range(8)])
+    """8 queries, 8 positives, 16 negatives: 8 copies of one text and 8 of another. 18 texts of 32."""
+    sources({"a": {}}, a=[[f"w{i} w{i + 9}", f"w{i + 9} w{i + 1}", "w1 w2 w3", "w4 w5 w6"] for i in range(8)])
     calls, cut = [], data.micro_batches
     monkeypatch.setattr(data, "micro_batches", lambda *args, **flags: calls.append(args[1]) or cut(*args, **flags))
     train.main(["--stage", "3", "--sources", "m.json", "--model", "toy", "--batch-size", "8", "--negatives", "2",
                 "--steps", "1", "--out", "run"])
     step, = [texts for texts in calls if len(texts) > 1]
-    assert len(step) == len(set(step)) == 17
+    assert len(step) == len(set(step)) == 18
     batch = next(data.SourceBatches(data.load_sources("m.json"), 8, 0, negatives=2))
     texts, place = batch.texts()
     every = [row[side] for side in (0, 1) for row in batch.rows] + [text for row in batch.rows for text in row.negatives]

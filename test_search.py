@@ -93,7 +93,7 @@ def test_barred_are_the_query_s_own_text_and_its_positives_in_any_source_or_coll
         (tmp_path / f"{name}.jsonl").write_text(rows)
     a, b = corpus(tmp_path, {"a": {"eval": "eval.jsonl", "collection": "more.jsonl"}},
                   a=[["q", "p0", "n0"], ["r", "p2", "X0", "q"], ["Q", "p1"]], b=[["q", "x0"], ["s", "n0"]])
-    retriever = search.Retriever(a, search.Known([a, b, *search.collection(a)]), None, None)
+    retriever = search.Retriever(a, [a, b], None, None)
     assert sorted(texts(retriever.pool)) == ["X0", "n0", "p0", "p1", "p2", "q", "y", "z"] and len(a.train) == 3
     barred = [set() for _ in range(3)]
     for i, place in zip(*retriever.barred(np.arange(3))):

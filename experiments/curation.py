@@ -19,6 +19,7 @@ import numpy as np
 
 import curate
 import data
+import formats
 import search
 from corpora import installed_docs
 
@@ -33,19 +34,20 @@ def rewritten(sources: list[data.Source], rows: dict[str, np.ndarray], directory
         held_out = ({"query": row.query, "positive": row.positive} for row in source.held_out)
         curate.write_lines(directory / "eval" / f"{source.name}.jsonl", held_out)
         manifest.append({"name": source.name, "path": f"{source.name}.jsonl", "eval": f"eval/{source.name}.jsonl",
-                         "rate": source.rate})
+                         "rate": source.rate, "kind": source.kind})
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory / "manifest.json"
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
 def swapped(args: argparse.Namespace, sources: list[data.Source], directory: Path) -> None:
     def swap(rows, rng):
         chosen = rng.permutation(len(rows))[: len(rows) // 10]
-        target = {i: rows[j].positive for i, j in zip(chosen, np.roll(chosen, 1))}
+        target = {i: rows[j].positive for i, j in zip(chosen, np.roll(chosen, 1))
+                  if formats.key(rows[i].positive) != formats.key(rows[j].positive)}
         return [{"query": row.query, "positive": target.get(i, row.positive), "negatives": [str(i in target)]}
                 for i, row in enumerate(rows)]  # whether it was swapped goes along as a negative
 
@@ -57,7 +59,7 @@ def swapped(args: argparse.Namespace, sources: list[data.Source], directory: Pat
         before, kept = (lines(folder / f"{source.name}.jsonl") for folder in (directory, out))
         (wrong, right), (wrong_kept, right_kept) = (
             [sum(row["negatives"] == [flag] for row in rows) for flag in ("True", "False")] for rows in (before, kept))
-        print(f"{source.name:26}{wrong:10}{1 - wrong_kept / wrong:10.1%}{right:10}{right_kept / right:10.1%}")
+        print(f"{source.name:26}{wrong:10}{1 - wrong_kept / max(wrong, 1):10.1%}{right:10}{right_kept / right:10.1%}")
 
 
 def copy(text: str) -> str:
@@ -94,10 +96,10 @@ def copies(args: argparse.Namespace, sources: list[data.Source], directory: Path
     manifest = rewritten(sources, rows, directory, plant)
     run += ["--sources", str(manifest), "--retriever", args.model, "--cross-encoder", judge]
     planted = data.load_sources(manifest)
-    embed, known = search.Embedder(args.model, args.max_length, 16384, 8192), curate.known_positives(planted)
+    embed = search.Embedder(args.model, args.max_length, 16384, 8192)
     work, nearest = search.Work(str(directory / "nearest"), {}), []
     for source in planted:
-        retriever = search.Retriever(source, known, embed, work)
+        retriever = search.Retriever(source, planted, embed, work)
         nearest += [{retriever.pool.text(place) for place in places} for places in retriever(source.train, 15)[0]]
     mined = {"no judge": nearest}
     for margin in "0", "0.1", "0.2", "0.4":

@@ -2,8 +2,9 @@
 
     python -m experiments.stage_3 --model DIR "stage II=2:FILTERED/manifest.json" "stage III=3:MINED/manifest.json" [flags]
 
-An arm is NAME=STAGE:MANIFEST, or NAME=STAGE:MANIFEST:BATCH_SIZE where it differs; the other flags (--steps, --lr, ...) go to
-train.py as they are. The first arm's sources say what is evaluated. A run that is there, with the same flags, is not run again.
+An arm is NAME=STAGE:MANIFEST, or NAME=STAGE:MANIFEST:BATCH_SIZE where it differs; the flags after the arms (--steps, --lr, ...)
+go to train.py as they are. Every arm holds out the same pairs of the same sources. A run that is there, with the same flags,
+model and manifest, is not run again.
 """
 
 import argparse
@@ -27,7 +28,8 @@ def ndcg(run: Path) -> list[dict]:
 def train(stage: str, sources: str, batch_size: str, seed: int, model: str, flags: list[str]) -> Path:
     command = ["--stage", stage, "--sources", sources, "--model", model, "--batch-size", batch_size, "--seed", str(seed),
                *flags]
-    run = Path("runs/stage_3") / hashlib.sha256(" ".join(command).encode()).hexdigest()[:12]
+    versions = [str(path.stat().st_mtime_ns) for path in (Path(sources), Path(model, "config.json"))]
+    run = Path("runs/stage_3") / hashlib.sha256(" ".join(command + versions).encode()).hexdigest()[:12]
     if not (run / "model").is_dir():
         shutil.rmtree(run, ignore_errors=True)
         subprocess.run([sys.executable, "train.py", *command, "--out", str(run)], check=True)
@@ -45,6 +47,8 @@ def main() -> None:
     arms = {name: (how.split(":") + [args.batch_size])[:3] for name, how in (arm.split("=", 1) for arm in args.arms)}
     runs = {name: [ndcg(train(*how, seed, args.model, flags)) for seed in range(args.seeds)] for name, how in arms.items()}
     before, show = next(iter(runs.values()))[0][0], "{:14.3f} ({:.3f}-{:.3f})".format
+    if any(old != before for of in runs.values() for old, _ in of):
+        raise SystemExit("the arms do not hold out the same pairs of the same sources: before training they differ")
     print(f"\n{'held-out nDCG@10':26}{'before':>8}" + "".join(f"{name:>28}" for name in runs))
     for source in before:
         values = [[after[source] for _, after in of] for of in runs.values()]
