@@ -166,7 +166,8 @@ def filter_pairs(args: argparse.Namespace) -> None:
                 negatives = [text for text in negatives if formats.key(text) not in source.held_out_keys]
                 yield {"query": query, "positive": positive} | ({"negatives": negatives} if negatives else {})
 
-    queries = np.unique(np.concatenate([source.index["query"][rows[source.name]] for source in sources]))
+    queries = np.concatenate([source.index["query"][rows[source.name]] for source in sources])
+    targets = search.Pool([part for source in sources for part in search.searched(source, rows[source.name])]).keys
 
     def dropped(source: data.Source) -> Iterator[dict]:
         for i, rank in zip(rows[source.name], found[source.name]):
@@ -174,8 +175,9 @@ def filter_pairs(args: argparse.Namespace) -> None:
                 reason = f"rank {rank} among {len(pool)} random targets and its own, --top-k {args.top_k}"
                 yield with_reason(source.read(i), reason)
         undrawn = np.setdiff1d(source.train, rows[source.name])
-        for i in undrawn[np.isin(source.index["query"][undrawn], queries)]:  # else mine would not know this positive
-            yield with_reason(source.read(i), "not drawn (--rows), but its query is")
+        query, positive = (source.index[side][undrawn] for side in ("query", "positive"))
+        for i in undrawn[np.isin(query, queries) & np.isin(positive, targets)]:  # mine must know that the two belong together
+            yield with_reason(source.read(i), "not drawn (--rows), but its texts are, in other rows")
         for row in formats.read_rows(source.collection) if source.collection else ():
             if formats.key(row.positive) not in source.held_out_keys:
                 yield with_reason(row, "of the collection, not of the source")

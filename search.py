@@ -221,18 +221,22 @@ def collection(source: Source) -> list[Source]:
     return [Source(f"{source.name}, collection", source.collection, 1, source.kind, source.cache)] if source.collection else []
 
 
+def searched(source: Source, rows: np.ndarray) -> list[Part]:
+    """Where negatives of these rows may come from: targets, given negatives, and the targets of the source's collection."""
+    return [positives(source, rows), negatives(source, rows),
+            *(positives(more, np.arange(len(more.index))) for more in collection(source))]
+
+
 def with_collections(sources: list[Source]) -> list[Source]:
     return [*sources, *(more for source in sources for more in collection(source))]
 
 
 class Retriever:
-    """What a bi-encoder finds for the queries of a source among its targets, its rows' given negatives and the targets of its
-    collection."""
+    """What a bi-encoder finds for the queries of a source among what is `searched` for it."""
 
     def __init__(self, source: Source, sources: list[Source], embed: Embedder, work: Work):
         self.source, self.embed, self.work = source, embed, work
-        self.pool = Pool([positives(source, source.train), negatives(source, source.train),
-                          *(positives(more, np.arange(len(more.index))) for more in collection(source))])
+        self.pool = Pool(searched(source, source.train))
         self.known = Known(with_collections(sources), self.pool)
 
     @cached_property
