@@ -298,21 +298,23 @@ class MicroBatch(NamedTuple):
     attention_mask: Tensor  # (b, T)
 
 
-def micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: int) -> list[MicroBatch]:
-    """Cuts a step's texts into micro-batches of at most `micro_tokens` tokens, padding included; all in one if that fits.
+def micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: int, whole: bool = False) -> list[MicroBatch]:
+    """Cuts a step's texts into micro-batches of at most `micro_tokens` tokens, padding included. whole: into one, whatever
+    its size.
 
     Ours: sorted by length (their order is free), the longest first so that memory peaks at once, and cut early where
-    more than 1/20 of a micro-batch would be padding. A single text may exceed the bound.
+    more than 1/20 of a micro-batch would be padding. All in one if that fits and is the cheaper: one pass over P padded tokens
+    costs 3 P (backward is twice forward), two passes over T tokens 4 T. A single text may exceed the bound.
     """
     if not 3 <= max_length <= tokenizer.model_max_length:  # [CLS], one token, [SEP]
         raise ValueError(f"--max-length {max_length}: expected 3 to {tokenizer.model_max_length} tokens for this model")
     ids = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
     lengths = [len(x) for x in ids]
-    everything_fits = len(ids) * max(lengths) <= micro_tokens
+    whole = whole or len(ids) * max(lengths) <= min(micro_tokens, sum(lengths) * 4 / 3)
     chunks, width, tokens = [], 0, 0
     for i in sorted(range(len(ids)), key=lambda i: -lengths[i]):
         size = width * (len(chunks[-1]) + 1) if chunks else 0
-        if not chunks or not everything_fits and (size > micro_tokens or tokens + lengths[i] < 0.95 * size):
+        if not chunks or not whole and (size > micro_tokens or tokens + lengths[i] < 0.95 * size):
             chunks.append([])
             width, tokens = lengths[i], 0
         chunks[-1].append(i)

@@ -465,7 +465,8 @@ def tokenizer():
 
 def test_micro_batches_by_hand(tokenizer):
     """w: 3 tokens with [CLS] and [SEP]; w v w: 5; six w: 8, cut to 5, the last of them [SEP]. Together 3 x 5 = 15 tokens: one
-    micro-batch, longest first, equals in order. Of 14 the third does not fit. A bound of 1 still gives each text alone."""
+    micro-batch, longest first, equals in order. Of 14 the third does not fit. A bound of 1 still gives each text alone, unless
+    they are to be whole. w v w and three w have 5 + 3 x 3 = 14 tokens, and 20 with padding: more than 4/3 of 14."""
     texts = ["w", "w v w", "w w w w w w"]
     whole, = data.micro_batches(tokenizer, texts, max_length=5, micro_tokens=15)
     assert whole.index.tolist() == [1, 2, 0]
@@ -473,6 +474,8 @@ def test_micro_batches_by_hand(tokenizer):
     assert whole.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert [m.index.tolist() for m in data.micro_batches(tokenizer, texts, max_length=5, micro_tokens=14)] == [[1, 2], [0]]
     assert [m.index.tolist() for m in data.micro_batches(tokenizer, texts, max_length=5, micro_tokens=1)] == [[1], [2], [0]]
+    assert [m.index.tolist() for m in data.micro_batches(tokenizer, texts, 5, 1, whole=True)] == [[1, 2, 0]]
+    assert [m.index.tolist() for m in data.micro_batches(tokenizer, ["w", *texts[:2], "w"], 5, 99)] == [[2], [0, 1, 3]]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -157,7 +157,7 @@ def check(ranks: Ranks, args: argparse.Namespace, encoder: torch.nn.Module, own:
         engine.backward(cut(texts, micro_tokens=args.max_length), partial(step_loss, place=place, args=args, ranks=ranks))
         norm = engine.step(CHECK_LR)
     texts, place = whole.texts()
-    memory.backward(plain, cut(texts, micro_tokens=1 << 40),
+    memory.backward(plain, cut(texts, micro_tokens=1, whole=True),
                     partial(step_loss, place=place, args=args, ranks=Ranks(alone=True)))
     with engine.whole():
         pairs = [(before.grad, (before - after).detach() / CHECK_LR)
