@@ -1,0 +1,268 @@
+"""Ours against sentence-transformers in one run: pairs per second and peak memory, the same weights through the same texts.
+
+    pip install -r requirements-bench.txt
+    python -m experiments.bench                                    batches of 512 and 4,096 pairs, and of 256 rows in stage 3
+    python -m experiments.bench --models small --batch-sizes 512 --stages 2
+
+A cell is a process of its own: it opens the model, takes a small step to warm up and then one or more whole steps, from texts
+to optimizer, at learning rate 0 and without dropout, so that every step of every cell has the same loss to show for it. Ours
+runs as train.py does. Theirs is CachedMultipleNegativesRankingLoss in both directions with AdamW, in a plain loop: their
+trainer's own time is not counted. Its best setting of {fp32, bf16 autocast} x {mini-batch 32, 64} is chosen at a batch of 512
+pairs; then ours and theirs take turns. Their loss is the mean of the two directions, ours the paper's sum: no time is reported
+where ours is not twice theirs. A cell that is there is not measured again, so an interrupted run goes on; `--out` keeps them.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import memory
+import model
+import train
+from corpora import installed_docs, wheels
+from ranks import Ranks
+
+SOURCE, MAX_LENGTH, TAU, NEGATIVES = "summary_body", 128, 0.05, 15
+CUDA = torch.cuda.is_available()
+CHOICES = [(precision, mini) for precision in ("fp32", "bf16") for mini in (32, 64)]  # theirs
+CHOSEN_AT = 512  # rows at which theirs are chosen, or fewer where the batch is smaller
+NEAR = {"fp32": 1e-4, "bf16": 0.02}  # of the losses' ratio; ours may be bf16 where theirs is fp32
+
+
+class Cell(NamedTuple):
+    side: str  # ours | theirs
+    model: str  # minilm | small
+    stage: int
+    batch_size: int
+    precision: str  # ours also: auto
+    mini: int  # theirs: texts of a mini-batch; ours: --micro-tokens
+    turn: int
+
+
+# what a cell does
+
+def rows_of(batch_size: int, negatives: int) -> list[data.Row]:
+    """Pairs of one source, and as negatives the positives of as many other rows."""
+    source, = (s for s in data.load_sources(installed_docs.build()) if s.name == SOURCE)
+    drawn = next(data.SourceBatches([source], batch_size * (1 + negatives), seed=0)).rows
+    others = [row.positive for row in drawn[batch_size:]]
+    return [row._replace(negatives=others[negatives * i : negatives * (i + 1)]) for i, row in enumerate(drawn[:batch_size])]
+
+
+def directory(name: str, out: Path) -> Path:
+    """The model both sides open: all-MiniLM-L6-v2, or a JinaBERT with random weights."""
+    if name == "minilm":
+        return wheels.build_model()
+    if not (out / name).is_dir():
+        torch.manual_seed(0)
+        tokenizer = data.train_tokenizer(data.load_sources(installed_docs.build()), train.VOCABULARY)
+        train.checkpoint.publish(out / name, partial(model.save, model.create(name), tokenizer), replace=False)
+    return out / name
+
+
+def without_dropout(module: torch.nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+
+
+def clock() -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Ours:
+    def __init__(self, cell: Cell, path: Path):
+        self.cell, self.ranks = cell, Ranks(alone=True)
+        encoder, tokenizer = model.load(path)
+        without_dropout(encoder)
+        encoder.to(self.ranks.device).train()
+        flags = ["--stage", cell.stage, "--batch-size", cell.batch_size, "--precision", cell.precision, "--model", path,
+                 "--micro-tokens", cell.mini, "--tau", TAU, "--negatives", NEGATIVES, "--sources", "none"]
+        self.args, _ = train.parse_arguments([str(flag) for flag in flags], self.ranks)
+        self.dtype, _ = memory.choose_precision(cell.precision, self.ranks.device)
+        optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=0.0, fused=True)
+        self.engine = train.prepare(encoder, optimizer, self.args.clip, self.args, self.ranks)
+        self.cut = partial(data.micro_batches, tokenizer, max_length=MAX_LENGTH, micro_tokens=cell.mini)
+        self.spent = {}
+        encoder.forward = self.timed(encoder.forward, lambda: "second pass" if torch.is_grad_enabled() else "first pass")
+
+    def timed(self, call, name):
+        def of(*inputs, **more):
+            start = clock()
+            result = call(*inputs, **more)
+            self.spent[name()] = self.spent.get(name(), 0.0) + clock() - start
+            return result
+        return of
+
+    def step(self, rows: list[data.Row]) -> float:
+        self.spent, self.args.batch_size, start = {}, len(rows), clock()
+        texts, place = data.Batch(SOURCE, rows, 0, "").texts()
+        micro_batches = self.timed(self.cut, lambda: "tokenising")(texts)
+        loss_of = partial(train.step_loss, place=place, args=self.args, ranks=self.ranks)
+        loss, _ = self.engine.backward(micro_batches, self.timed(loss_of, lambda: "loss"))
+        self.timed(self.engine.step, lambda: "optimizer")(0.0)
+        once = sum(part for name, part in self.spent.items() if name != "second pass")
+        self.spent["second pass"] = clock() - start - once  # with the backward passes, the loss's too
+        self.tokens = [sum(count) for count in zip(*((int(m.attention_mask.sum()), m.input_ids.numel()) for m in micro_batches))]
+        return loss.item()
+
+    def more(self, rows: list[data.Row], seconds: float) -> dict:
+        """Shares of the last step, and of the machine's rate of matrix products what the step reaches of it."""
+        spent = dict(self.spent)
+        with FlopCounterMode(display=False) as counter:
+            self.step(rows)
+        rate = matrix_rate(self.dtype)
+        return {"tokens": self.tokens[0], "padding": 1 - self.tokens[0] / self.tokens[1], "spent": spent, "rate": rate,
+                "of_rate": counter.get_total_flops() / seconds / rate}
+
+
+class Theirs:
+    def __init__(self, cell: Cell, path: Path):
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+        self.cell = cell
+        self.encoder = SentenceTransformer(str(path), trust_remote_code=True)
+        self.encoder.max_seq_length = MAX_LENGTH
+        without_dropout(self.encoder)
+        self.encoder.train()
+        self.loss = CachedMultipleNegativesRankingLoss(
+            self.encoder, scale=1 / TAU, mini_batch_size=cell.mini, directions=("query_to_doc", "doc_to_query"),
+            partition_mode="per_direction")
+        self.optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=0.0, fused=True)
+
+    def step(self, rows: list[data.Row]) -> float:
+        columns = [[row.query for row in rows], [row.positive for row in rows], *zip(*(row.negatives for row in rows))]
+        with torch.autocast(self.encoder.device.type, dtype=torch.bfloat16, enabled=self.cell.precision == "bf16"):
+            inputs = [self.encoder.preprocess(list(column)) for column in columns]
+            inputs = [{name: x.to(self.encoder.device) if torch.is_tensor(x) else x for name, x in one.items()} for one in inputs]
+            loss = self.loss(inputs, None)
+            loss.backward()  # inside, or their second pass would be fp32
+        torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def more(self, rows: list[data.Row], seconds: float) -> dict:
+        return {}
+
+
+def matrix_rate(dtype: torch.dtype, size: int = 4096 if CUDA else 2048) -> float:
+    """Operations a second of square matrix products, the median of five."""
+    a, times = torch.randn(size, size, device="cuda" if CUDA else "cpu").to(dtype), []
+    for _ in range(6):
+        start = clock()
+        a @ a
+        times.append(clock() - start)
+    return 2 * size**3 / median(times[1:])
+
+
+def measure(cell: Cell, steps: int, out: Path) -> dict:
+    path = directory(cell.model, out)
+    rows = rows_of(cell.batch_size, NEGATIVES if cell.stage == 3 else 0)
+    side = {"ours": Ours, "theirs": Theirs}[cell.side](cell, path)
+    side.step(rows[:64])
+    seconds = []
+    for _ in range(steps):
+        start = clock()
+        loss = side.step(rows)
+        seconds.append(clock() - start)
+    if CUDA:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return {**cell._asdict(), "loss": loss, "seconds": seconds, "peak": peak, **side.more(rows, median(seconds))}
+
+
+# the cells of a run
+
+def run(cell: Cell, args: argparse.Namespace) -> dict:
+    """What a cell measured, now or in an earlier run."""
+    path = args.out / "cells" / ("-".join(map(str, cell)) + ".json")
+    if not path.is_file():
+        print(f"{' '.join(map(str, cell))} ...", end=" ", file=sys.stderr, flush=True)
+        steps = args.steps or (1 if cell.batch_size > CHOSEN_AT else 3)
+        command = [sys.executable, "-m", "experiments.bench", "--cell", json.dumps(cell), "--steps", str(steps), "--out", args.out]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(f"{cell.batch_size / median(found['seconds']):.1f} pairs/s", file=sys.stderr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_text(json.dumps(found))
+        path.with_suffix(".part").rename(path)
+    return json.loads(path.read_text())
+
+
+def pairs_per_second(found: list[dict]) -> float:
+    return median(one["batch_size"] / s for one in found for s in one["seconds"])
+
+
+def compare(name: str, stage: int, batch_size: int, precision: str, args: argparse.Namespace) -> dict:
+    """Ours and theirs in turn; precision "fp32": both in fp32, "best": each at what it does best."""
+    choices, size = [c for c in CHOICES if precision == "best" or c[0] == precision], min(batch_size, CHOSEN_AT)
+    chosen = max(choices, key=lambda c: pairs_per_second([run(Cell("theirs", name, 2, size, *c, 0), args)]))
+    found = {"ours": [], "theirs": []}
+    for turn in range(args.turns):
+        ours = "auto" if precision == "best" else precision, args.micro_tokens
+        for side, setting in ("ours", ours), ("theirs", chosen):
+            found[side].append(run(Cell(side, name, stage, batch_size, *setting, turn), args))
+    losses = {side: median(one["loss"] for one in cells) for side, cells in found.items()}
+    off = abs(losses["ours"] / (2 * losses["theirs"]) - 1)
+    if not off < NEAR["bf16" if precision == "best" else "fp32"]:
+        raise SystemExit(f"{name}, stage {stage}, batch {batch_size}: losses {losses}; ours is not twice theirs, so the two do "
+                         f"not compute the same, and no time is reported")
+    speed = {side: pairs_per_second(cells) for side, cells in found.items()}
+    by_turn = [pairs_per_second([a]) / pairs_per_second([b]) for a, b in zip(found["ours"], found["theirs"])]
+    peak = {side: max(one["peak"] for one in cells) for side, cells in found.items()}
+    return {"model": name, "stage": stage, "batch_size": batch_size, "precision": precision, "theirs": chosen, "speed": speed,
+            "ratio": median(by_turn), "ratios": by_turn, "peak": peak, "losses": losses, "ours": found["ours"][0]}
+
+
+def table(rows: list[dict]) -> str:
+    head = ("model", "stage", "rows", "precision", "theirs at", "rows/s, ours", "theirs", "ratio (least)", "GB, ours", "theirs",
+            "padding", "of matrix rate")
+    lines = [head, ("---",) * len(head)]
+    for row in rows:
+        speed, peak = row["speed"], row["peak"]
+        lines.append((row["model"], row["stage"], row["batch_size"], row["precision"], "{} x {}".format(*row["theirs"]),
+                      f"{speed['ours']:.1f}", f"{speed['theirs']:.1f}", f"{row['ratio']:.1f} ({min(row['ratios']):.1f})",
+                      f"{peak['ours'] / 1e9:.1f}", f"{peak['theirs'] / 1e9:.1f}", f"{row['ours']['padding']:.0%}",
+                      f"{row['ours']['of_rate']:.0%}"))
+    shares = [f"{row['model']}, stage {row['stage']}, {row['batch_size']} rows, {row['precision']}: " + ", ".join(
+        f"{name} {part / sum(row['ours']['spent'].values()):.0%}" for name, part in row["ours"]["spent"].items()) for row in rows]
+    return "\n".join(["| " + " | ".join(map(str, line)) + " |" for line in lines] + ["", "The step of ours:", *shares])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=("minilm", "small"), default=["minilm", "small"])
+    parser.add_argument("--stages", nargs="+", type=int, choices=(2, 3), default=[2, 3])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[512, 4096], help="of stage 2; stage 3 takes 256 rows")
+    parser.add_argument("--precisions", nargs="+", choices=("best", "fp32"), default=["best", "fp32"])
+    parser.add_argument("--turns", type=int, default=3, help="of ours and theirs")
+    parser.add_argument("--steps", type=int, help="of a cell; unset: 3 up to 512 rows, else 1")
+    parser.add_argument("--micro-tokens", type=int, default=8192, help="train.py's")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cell:
+        return print("\n" + json.dumps(measure(Cell(*args.cell), args.steps, args.out)))
+    rows = [compare(name, stage, batch_size, precision, args) for name in args.models for stage in args.stages
+            for batch_size in (args.batch_sizes if stage == 2 else [256]) for precision in args.precisions]
+    (args.out / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
