@@ -458,6 +458,16 @@ def test_work_of_other_texts_or_models_under_the_same_names_is_not_gone_on_with(
     assert f"out.work holds the work of another command, with another {what}" in refused(capsys, *command)
 
 
+def test_what_a_small_top_k_has_embedded_serves_a_larger_one(plane, capsys):
+    """Queries stand at 0, 60 .. 300 degrees, and each one's target 60 further: another's lies at its own place, and a third's 60
+    before, a tie. All ranks are 3."""
+    sources({"a": {}}, a=[[f"q{i} {60 * i}", f"p{i} {60 * i + 60}"] for i in range(6)])
+    assert "no source keeps a row: see the table" in refused(capsys, "filter", "out", "--top-k", 2)
+    plane.clear()
+    run("filter", "out", "--top-k", 3)
+    assert plane == [] and len(lines("out/a.jsonl")) == 6
+
+
 def test_a_folder_that_is_not_ours_is_not_taken_for_the_work_of_a_command(plane, capsys):
     sources({"a": {}}, a=SIX)
     Path("out.work").mkdir()
