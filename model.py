@@ -12,6 +12,8 @@ self-contained: `save` puts a copy of it beside the weights, so that other tools
 import json
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -19,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import (AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedConfig,
                           PreTrainedModel)
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
@@ -47,6 +50,8 @@ SIZES = {
                   feed_forward_type="reglu"),
 }
 
+LONG = 1024  # tokens; above it no tensor of H x T x T numbers is made, forward or backward
+
 
 def alibi_slopes(heads: int) -> list[float]:
     """Slopes 2^(-8 (h+1) / H), h = 0 .. H-1 (Press et al. 2022). When H is no power of two: those of the next lower
@@ -60,8 +65,8 @@ def alibi_bias(slopes: list[float], mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The term added to the attention logits: -slope_h * |i - j|, symmetric since the encoder looks both ways (§2),
     and the most negative number for padded keys j.
 
-    mask (B, T) of 0 and 1 -> (B, H, T, T), or (1, H, T, T) where nothing is padded. Made anew in every forward pass,
-    from the slopes alone: at 8,192 tokens and 12 heads a stored bias would hold 3 GB for good.
+    mask (B, T) of 0 and 1 -> (B, H, T, T), or (1, H, T, T) where nothing is padded. Made anew in every forward pass, and
+    only up to LONG tokens: at 8,192 and 12 heads it would hold 3 GB.
     """
     position = torch.arange(mask.shape[1], device=mask.device)
     distance = (position[:, None] - position[None, :]).abs()
@@ -74,13 +79,49 @@ def alibi_bias(slopes: list[float], mask: Tensor, dtype: torch.dtype) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(64) + bias) v for q, k, v (B, H, T, 64) and bias (B or 1, H, T, T)."""
     B, H, T, width = q.shape
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 1024:
-        # Ours: the fused kernel's bf16 backward on CPU takes about four times as long as these three lines. Longer
-        # texts go to the kernel all the same, since it never holds the H x T x T weights.
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # Ours: the fused kernel's bf16 backward on CPU takes about four times as long as these three lines.
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         logits = torch.baddbmm(bias.expand(B, -1, -1, -1).flatten(0, 1), q, k.transpose(1, 2), alpha=width**-0.5)
         return (logits.softmax(-1).to(v.dtype) @ v).view(B, H, T, width)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def attend_texts(q: Tensor, k: Tensor, v: Tensor, ramp: Tensor, lengths: list[int]) -> Tensor:
+    """`attend` for long texts, each over its own first n = lengths[b] tokens; rows of padding are 0.
+
+    With keys and values back to front, j' = n-1 - j, which the softmax does not mind, the bias is -slope_h |i + j' - (n-1)|:
+    a view, stride 1 both ways, of ramp (H, 2T-1), -slope_h |x| for x = 1-T .. T-1. The fused kernel reads it in place.
+    """
+    T, texts = q.shape[2], []
+    for q, k, v, n in zip(q.split(1), k.flip(2).split(1), v.flip(2).split(1), lengths):
+        bias = ramp.as_strided((1, len(ramp), n, n), (0, 2 * T - 1, 1, 1), T - n)
+        text = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, T - n :], v[:, :, T - n :], attn_mask=bias)
+        texts.append(F.pad(text, (0, 0, 0, T - n)))
+    return torch.cat(texts)
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, mask: Tensor, flex: Callable) -> Tensor:
+    """`attend` for long texts on a GPU, where flex is torch's flex_attention, compiled: it makes the bias tile by tile."""
+    def biased(logit, b, h, i, j):
+        seen = (mask[b, j] > 0) | (i == j)  # itself at least: a softmax over nothing is NaN
+        return torch.where(seen, logit - slopes[h] * (i - j).abs(), -math.inf)
+
+    return flex(q, k, v, score_mod=biased)
+
+
+def attention(slopes: list[float], mask: Tensor, dtype: torch.dtype) -> Callable:
+    """What every layer calls with its q, k, v, by length and device. mask (B, T), products in dtype. Raises ValueError where
+    long texts on a CPU are padded elsewhere than on their right."""
+    T, slope = mask.shape[1], torch.tensor(slopes, device=mask.device)
+    if T <= LONG:
+        return partial(attend, bias=alibi_bias(slopes, mask, dtype))
+    if mask.device.type == "cuda":  # fullgraph: an error where it would go on uncompiled, with H x T x T logits
+        return partial(attend_flex, slopes=slope, mask=mask, flex=torch.compile(flex_attention, fullgraph=True))
+    if (mask[:, 1:] > mask[:, :-1]).any():
+        raise ValueError(f"attention_mask: texts of more than {LONG} tokens must be padded on their right, 1 .. 1 0 .. 0")
+    ramp = (-slope[:, None] * torch.arange(1 - T, T, device=mask.device).abs()).to(dtype)
+    return partial(attend_texts, ramp=ramp, lengths=mask.sum(1).int().tolist())
 
 
 class JinaBertEmbeddings(nn.Module):
@@ -106,11 +147,11 @@ class JinaBertSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, attend: Callable) -> Tensor:
         B, T, D = hidden.shape
         q, k, v = (project(hidden).view(B, T, self.heads, -1).transpose(1, 2)
                    for project in (self.query, self.key, self.value))
-        return attend(q, k, v, bias).transpose(1, 2).reshape(B, T, D)
+        return attend(q, k, v).transpose(1, 2).reshape(B, T, D)
 
 
 class JinaBertSelfOutput(nn.Module):
@@ -148,8 +189,8 @@ class JinaBertLayer(nn.Module):
         self.attention = nn.ModuleDict({"self": JinaBertSelfAttention(config), "output": JinaBertSelfOutput(config)})
         self.mlp = JinaBertGatedMLP(config)
 
-    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
-        context = self.attention["self"](hidden, bias)
+    def forward(self, hidden: Tensor, attend: Callable) -> Tensor:
+        context = self.attention["self"](hidden, attend)
         return self.mlp(self.attention["output"](context, hidden))
 
 
@@ -175,9 +216,9 @@ class JinaBertModel(PreTrainedModel):
         hidden = self.embeddings(input_ids, token_type_ids)
         # In the precision of the products, which under mixed precision is not that of `hidden`: cast in every layer instead,
         # the backward pass would keep a copy per layer, and the lowest fp32 number would become bf16's -inf.
-        bias = alibi_bias(self.slopes, mask, (hidden[:0] @ hidden[:0].mT).dtype)
+        attend = attention(self.slopes, mask, (hidden[:0] @ hidden[:0].mT).dtype)
         for layer in self.encoder["layer"]:
-            hidden = layer(hidden, bias)
+            hidden = layer(hidden, attend)
         return BaseModelOutput(last_hidden_state=hidden)
 
 

@@ -14,6 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
 
 import model
@@ -240,18 +243,66 @@ def test_a_text_of_padding_alone_is_zero_in_mixed_precision_too(T):
     assert mixed[1].tolist() == [0.0] * 128
 
 
-def test_one_bias_serves_all_layers_in_mixed_precision():
-    """The fused kernel keeps its bias for the backward pass: H T^2 numbers, once and not once per layer."""
-    encoder, ids, kept = small(num_hidden_layers=3), torch.randint(5, 20, (1, 1100)), set()
+# long texts
 
-    def pack(x):
-        if x.shape[-2:] == (1100, 1100):
-            kept.add(x.untyped_storage().data_ptr())
-        return x
+@pytest.mark.parametrize("lengths", [[1100], [1300, 1025, 700, 1, 0]])
+def test_long_texts_have_the_values_and_gradients_of_the_materialised_bias(lengths, monkeypatch):
+    """Beyond LONG = 1,024 tokens the bias is a view; with LONG out of reach the same batch takes the H x T x T tensor. What
+    the gradient reaches are all parameters, through the texts' own tokens."""
+    encoder, T = small(num_hidden_layers=1), max(lengths)
+    ids, results = torch.randint(5, 20, (len(lengths), T), generator=torch.Generator().manual_seed(0)), []
+    mask = (torch.arange(T) < torch.tensor(lengths)[:, None]).long()
+    for limit in (model.LONG, 10**6):
+        monkeypatch.setattr(model, "LONG", limit)
+        hidden = encoder.backbone(ids, mask).last_hidden_state
+        assert hidden.isfinite().all()
+        gradients = torch.autograd.grad((encoder(ids, mask) ** 3).sum(), encoder.parameters())
+        results.append([(hidden * mask[:, :, None]).flatten(), torch.cat([g.flatten() for g in gradients])])
+    for got, want in zip(*results):
+        assert 0 < (got - want).norm() < 1e-5 * want.norm()  # not 0: they did take two paths
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        out = encoder(ids, torch.ones_like(ids))
-    assert out.requires_grad and len(kept) == 1
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16"])
+def test_long_texts_need_no_memory_that_grows_with_the_square_of_their_length(mixed):
+    """T = 1,100, H = 2, 3 layers: H T^2 = 2,420,000 numbers. The widest tensor of a layer has 2 I = 192 a token, 422,400 for
+    two texts. By storage: the bias is a view of shape (1, H, T, T), which the backward pass keeps."""
+    encoder, ids = small(num_hidden_layers=3), torch.randint(5, 20, (2, 1100))
+    mask, made = torch.ones_like(ids), set()
+    mask[1, 1050:] = 0
+
+    class Storages(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made.update(x.untyped_storage().nbytes() // x.itemsize for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    with Storages():
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            out = encoder(ids, mask)
+        out.sum().backward()
+    assert max(made) == 2 * 1100 * 192
+
+
+@pytest.mark.parametrize("padding", [slice(0, 1), slice(500, 501)], ids=["left", "a hole"])
+def test_a_long_text_with_padding_inside_is_refused(padding):
+    ids = torch.randint(5, 20, (2, 1100))
+    mask = torch.ones_like(ids)
+    mask[1, padding] = 0
+    with pytest.raises(ValueError, match="more than 1024 tokens must be padded on their right"):
+        small()(ids, mask)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_bias_that_a_gpu_adds_tile_by_tile_is_the_same():
+    """flex_attention as written, uncompiled, which a CPU can run forward: padding on the right, on the left, a hole, none, and
+    nothing else, where a token sees itself alone instead of nothing, which would be NaN."""
+    q, k, v = (torch.randn(5, 3, 40, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    slopes, mask = model.alibi_slopes(3), torch.ones(5, 40, dtype=torch.long)
+    mask[0, 30:], mask[1, :7], mask[2, 11:20], mask[4] = 0, 0, 0, 0
+    got = model.attend_flex(q, k, v, torch.tensor(slopes), mask, flex_attention)
+    want = model.attend(q, k, v, model.alibi_bias(slopes, mask, torch.float32))
+    assert torch.allclose(got[4], v[4])
+    assert torch.allclose(got.transpose(1, 2)[mask > 0], want.transpose(1, 2)[mask > 0], atol=1e-5, rtol=0)
 
 
 # load and save
