@@ -8,14 +8,16 @@ The two-pass batch (ours; the paper only says that the loss wants the largest ba
 of a batch with every other one, so a batch cannot be cut into independent pieces as in gradient accumulation. But given
 the embeddings E = f(texts; theta), the chain rule splits dL/dtheta at E (Gao et al. 2021, GradCache):
 
-    pass 1   E_c = f(texts_c; theta) for every micro-batch c, no graph kept          memory: the embeddings alone
-    loss     L(E), G = dL/dE                                                         memory: the loss alone
-    pass 2   for every c: embed again, and back-propagate <E_c, G_c>                 memory: one micro-batch's graph
+    pass 1   E_c = f(texts_c; theta) for every micro-batch c                         memory: the embeddings, and the graphs
+                                                                                     of the last micro-batches, if there is room
+    loss     L(E), G = dL/dE                                                         memory: that, and the loss
+    pass 2   for every c, the last first: back-propagate <E_c, G_c>; where no graph  memory: one micro-batch's graph more than
+             was kept, embed again before                                            what is still kept, which shrinks
 
     dL/dtheta = sum_c (dE_c/dtheta)^T G_c = sum_c d<E_c, G_c>/dtheta  with G_c held constant: exact, no factor anywhere.
 
-It costs one more forward pass. Both passes must see the same dropout masks, so the random state of each micro-batch is
-kept and restored.
+It costs one more forward pass of the micro-batches whose graph was not kept. Both passes must see the same dropout masks, so
+the random state of each micro-batch is kept and restored.
 
 Ranks (the paper only names DeepSpeed). Rank r of W embeds its own rows and takes the mean loss L_r over them, against the
 gathered columns of all ranks; the loss of the global batch is L = (1/W) sum_r L_r. `Ranks.gather` hands every rank's
@@ -33,6 +35,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -140,35 +143,43 @@ def equalise(micro_batches: Sequence[MicroBatch], count: int) -> list[MicroBatch
     return micro_batches
 
 
+def kept(micro_batches: Sequence[MicroBatch], tokens: int) -> int:
+    """How many of the last micro-batches have `tokens` tokens together at most, padding included. One at least, for pass 2
+    needs the room of one graph anyway."""
+    sizes = accumulate(micro_batch.input_ids.numel() for micro_batch in reversed(micro_batches))
+    return max(1, sum(size <= tokens for size in sizes))
+
+
 def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch], loss_of: Callable[[Tensor], tuple],
-             back: Callable[[Tensor, bool], None] = lambda scalar, last: scalar.backward()) -> tuple:
+             back: Callable[[Tensor, bool], None] = lambda scalar, last: scalar.backward(), keep: int = 1) -> tuple:
     """Adds dL/dtheta to the parameters' .grad, where (L, ...) = loss_of(embeddings of all texts of the step).
 
     encoder: (input_ids, attention_mask) -> (b, D). loss_of: (M, D), in the order of the texts -> a scalar, and whatever
-    else is wanted of the embeddings. back(scalar, last) back-propagates into the parameters.
-    -> what loss_of gave, L detached. One micro-batch takes one pass, several take two.
+    else is wanted of the embeddings. back(scalar, last) back-propagates into the parameters. keep: of how many micro-batches,
+    the last ones, the graph of pass 1 is kept.
+    -> what loss_of gave, L detached.
     """
     device = next(encoder.parameters()).device
     inputs = [(input_ids.to(device), mask.to(device)) for _, input_ids, mask in micro_batches]
     place = torch.cat([index for index, _, _ in micro_batches]).argsort().to(device)
-    if len(inputs) == 1:
-        loss, *more = loss_of(encoder(*inputs[0])[place])
-        back(loss, True)
-        return loss.detach(), *more
-
-    states, embeddings = [], []
-    with torch.no_grad():
-        for micro_batch in inputs:
-            states.append(random_state(device))
-            embeddings.append(encoder(*micro_batch).float())
-    embeddings = torch.cat(embeddings)[place].requires_grad_()
+    states, parts = [], []
+    for c, micro_batch in enumerate(inputs):
+        states.append(random_state(device))
+        with torch.set_grad_enabled(c >= len(inputs) - keep):
+            parts.append(encoder(*micro_batch))
+    after = random_state(device)
+    embeddings = torch.cat([part.detach().float() for part in parts])[place].requires_grad_()
 
     loss, *more = loss_of(embeddings)
     loss.backward()  # fills embeddings.grad, the cached gradient G, in fp32
 
-    for c, ((index, _, _), micro_batch, state) in enumerate(zip(micro_batches, inputs, states), 1):
-        set_random_state(state, device)
-        back((encoder(*micro_batch) * embeddings.grad[index.to(device)]).sum(), c == len(inputs))
+    for c in reversed(range(len(inputs))):  # the order, and so the last bit of the sum, is the same whatever was kept
+        part = parts.pop()
+        if not part.requires_grad:
+            set_random_state(states[c], device)
+            part = encoder(*inputs[c])
+        back((part * embeddings.grad[micro_batches[c][0].to(device)]).sum(), c == 0)
+    set_random_state(after, device)
     give_back_freed_memory()
     return loss.detach(), *more
 
@@ -179,20 +190,30 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def sparse_gradients(encoder: nn.Module) -> None:
+    """Of the embeddings, on a CPU: a micro-batch adds to the rows of its own tokens. A dense gradient is made of as many zeros as
+    the vocabulary times the width and added as a whole, by every micro-batch: up to an eighth of a step's time."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Embedding) and module.weight.requires_grad and module.weight.device.type == "cpu":
+            module.sparse, module.weight.grad = True, torch.zeros_like(module.weight)  # into which autograd adds in place
+
+
 # optimizer steps
 
 class OneProcess:
     """Plain torch in one process."""
 
-    def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float, scaling: LossScale):
+    def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float, scaling: LossScale,
+                 keep_tokens: int = 0):
         self.model, self.encoder, self.optimizer, self.clip, self.scaling = encoder, encoder, optimizer, clip, scaling
+        self.keep_tokens = keep_tokens  # of the micro-batches whose graph is kept between the passes
         self.parameters = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
 
     def __str__(self) -> str:
         return "one process"
 
     def backward(self, micro_batches: Sequence[MicroBatch], loss_of: Callable[[Tensor], tuple]) -> tuple:
-        return backward(self.model, micro_batches, loss_of)
+        return backward(self.model, micro_batches, loss_of, keep=kept(micro_batches, self.keep_tokens))
 
     def step(self, lr: float) -> float:
         """One optimizer step, if the gradient is finite -> the gradient's norm before clipping."""
@@ -200,7 +221,7 @@ class OneProcess:
         self.optimizer.param_groups[0]["lr"] = lr
         if self.scaling.survives(norm):
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)  # sparse gradients need a dense one to be added to
         return norm
 
     def whole(self) -> contextlib.AbstractContextManager:
@@ -223,8 +244,12 @@ class Zero(OneProcess):
     gradients too, 3 the parameters too. Same verbs as OneProcess; every call is a collective."""
 
     def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float, scaling: LossScale, ranks: Ranks,
-                 config: dict):
-        super().__init__(encoder, optimizer, clip, scaling)
+                 config: dict, keep_tokens: int = 0):
+        super().__init__(encoder, optimizer, clip, scaling, keep_tokens)
+        encoder.zero_grad()
+        for module in encoder.modules():
+            if isinstance(module, nn.Embedding):
+                module.sparse = False  # its reductions want dense gradients
         if not dist.is_initialized():  # one process without a launcher
             os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
             ranks.join(dist.HashStore())
@@ -254,8 +279,9 @@ class Zero(OneProcess):
             self.model.set_gradient_accumulation_boundary(last)  # else stages 1 and 2 keep the last pass alone
             self.model.backward(scalar)
 
-        count = max(self.ranks.all(len(micro_batches)))
-        return backward(self.model, equalise(micro_batches, count), loss_of, back)
+        micro_batches = equalise(micro_batches, max(self.ranks.all(len(micro_batches))))
+        keep = min(self.ranks.all(kept(micro_batches, self.keep_tokens)))  # as many passes on every rank
+        return backward(self.model, micro_batches, loss_of, back, keep)
 
     def step(self, lr: float) -> float:
         self.optimizer.param_groups[0]["lr"] = lr
@@ -322,8 +348,8 @@ def read_zero(value: str) -> dict:
 
 
 def engine(encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float, scaling: LossScale, ranks: Ranks,
-           zero: str | None) -> OneProcess:
+           zero: str | None, keep_tokens: int = 0) -> OneProcess:
     """What takes the steps. zero unset: plain torch in one process, ZeRO stage 2 under a launcher; set: DeepSpeed."""
     if zero is None and not ranks.launched:
-        return OneProcess(encoder, optimizer, clip, scaling)
-    return Zero(encoder, optimizer, clip, scaling, ranks, read_zero(zero or "2"))
+        return OneProcess(encoder, optimizer, clip, scaling, keep_tokens)
+    return Zero(encoder, optimizer, clip, scaling, ranks, read_zero(zero or "2"), keep_tokens)

@@ -147,14 +147,52 @@ def test_checkpointed_layers_keep_one_input_per_layer():
     assert 110_592 <= small <= 405_504 < plain
 
 
-def test_one_micro_batch_takes_one_pass_and_several_take_two():
+@pytest.mark.parametrize("keep, passes", [(1, "001-11"), (2, "011-1"), (3, "111-"), (9, "111-")])
+def test_what_keeps_its_graph_is_embedded_once(keep, passes):
+    """3 micro-batches: 0 a pass without a graph, 1 one with, - the loss, then 1 for each that is embedded again."""
     calls, encoder = [], small_encoder()
-    encoder.backbone.embeddings.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    memory.backward(encoder, cut(step_texts(), groups_of(24)), stage_2)
-    assert calls == [True]
-    calls.clear()
-    memory.backward(encoder, cut(step_texts(), groups_of(12)), stage_2)
-    assert calls == [False, False, True, True]
+    encoder.backbone.embeddings.register_forward_hook(lambda *_: calls.append("01"[torch.is_grad_enabled()]))
+    memory.backward(encoder, cut(step_texts(), groups_of(8)), lambda e: calls.append("-") or stage_2(e), keep=keep)
+    assert "".join(calls) == passes
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_what_keeps_its_graph_changes_no_bit_and_no_random_number(checkpointed):
+    """With dropout: the same masks, added up in the same order; the generator is left where the first pass left it."""
+    found = []
+    for keep in range(1, 6):
+        encoder = small_encoder(dropout=0.3)
+        if checkpointed:
+            memory.checkpoint_layers(encoder)
+        torch.manual_seed(3)
+        memory.backward(encoder, cut(step_texts(), groups_of(5)), stage_3, keep=keep)
+        found.append([p.grad for p in encoder.parameters()] + [torch.rand(3)])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+def test_the_last_micro_batches_are_kept_as_far_as_there_is_room():
+    """12, 10 and 4 tokens with padding: the last is always kept, the last two from 14 on, all from 26 on."""
+    parts = [memory.MicroBatch(None, torch.zeros(shape), None) for shape in ((3, 4), (5, 2), (4, 1))]
+    assert [memory.kept(parts, tokens) for tokens in (0, 4, 13, 14, 25, 26, 1000)] == [1, 1, 1, 2, 2, 3, 3]
+
+
+def test_sparse_gradients_of_the_embeddings_give_the_dense_ones():
+    """Two steps, so that the second adds to what zero_grad left."""
+    updates = []
+    for sparse in (False, True):
+        encoder = small_encoder()
+        before = torch.nn.utils.parameters_to_vector(encoder.parameters()).detach().clone()
+        if sparse:
+            memory.sparse_gradients(encoder)
+        optimizer = torch.optim.SGD(encoder.parameters(), 0.1)
+        engine = memory.OneProcess(encoder, optimizer, 0.0, memory.LossScale(torch.float32))
+        micro_batches = [memory.MicroBatch(*x) for x in cut(step_texts(), groups_of(5))]
+        for _ in range(2):
+            engine.backward(micro_batches, stage_3)
+            assert encoder.backbone.embeddings.word_embeddings.weight.grad.layout == torch.strided
+            engine.step(0.1)
+        updates.append(torch.nn.utils.parameters_to_vector(encoder.parameters()).detach() - before)
+    assert relative_error(*updates) < 1e-5
 
 
 def test_mixed_precision_multiplies_in_bf16_and_keeps_fp32_around_it():
@@ -163,7 +201,7 @@ def test_mixed_precision_multiplies_in_bf16_and_keeps_fp32_around_it():
     encoder.backbone.encoder["layer"][0].mlp.wo.register_forward_hook(lambda m, i, output: inside.append(output.dtype))
     memory.mixed_precision(encoder, torch.bfloat16)
     _, embeddings = memory.backward(encoder, cut(step_texts(), groups_of(12)), stage_2)
-    assert set(inside) == {torch.bfloat16} and len(inside) == 4
+    assert set(inside) == {torch.bfloat16} and len(inside) == 3  # of two micro-batches, one is embedded again
     assert embeddings.dtype == torch.float32
     assert {p.grad.dtype for p in encoder.parameters()} == {p.dtype for p in encoder.parameters()} == {torch.float32}
 

@@ -27,6 +27,7 @@ import evaluate
 import losses
 import memory
 import model
+from plan import out_of_memory, plan as plan_memory
 from ranks import Ranks
 
 VOCABULARY = 30522  # entries of a tokenizer trained here: BERT's number; JinaBERT rounds it up to 30,528 embeddings
@@ -49,7 +50,10 @@ def parse_arguments(argv: list[str] | None, ranks: Ranks) -> tuple[argparse.Name
     add("--dropout", type=float, help="unset: the model's own (0.1 in JinaBERT, 0 in tiny)")
     add = parser.add_argument_group("memory.py (§5.3)").add_argument
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of matrix products; auto: bf16 if fast")
-    add("--micro-tokens", type=int, default=8192, help="bound on the tokens of one forward pass, with padding (ours)")
+    add("--memory", type=float, metavar="GB", help="what a process (on a GPU: its tensors) may hold, about: the more, the fewer "
+                                                  "texts are embedded twice; unset: 0.8 of what is free on top (ours)")
+    add("--micro-tokens", type=lambda x: x if x == "auto" else int(x), default="auto",
+        help="bound on the tokens of one forward pass, with padding; auto: as many as make it fast and fit (ours)")
     add("--checkpoint-layers", action="store_true", help="keep the layers' inputs only (the paper's; off: ours)")
     add("--zero", metavar="STAGE", help="DeepSpeed ZeRO stage 0, 1, 2 or 3, or a DeepSpeed JSON file that names one; unset: "
                                         "plain torch in one process, stage 2 (Jina Embeddings v1's) under a launcher")
@@ -81,7 +85,7 @@ def parse_arguments(argv: list[str] | None, ranks: Ranks) -> tuple[argparse.Name
         if (args.model, args.stage) != (resumed.state["args"]["model"], resumed.state["args"]["stage"]):
             raise ValueError(f"--resume: {resumed.run} has another --model or --stage; --model {resumed.run / 'model'} without "
                              f"--resume begins a new run with its model")
-    above_0 = "batch_size", "micro_tokens", "steps", "save_every", "eval_every", "negatives", "tau", "clip", "lr"
+    above_0 = "batch_size", "memory", "steps", "save_every", "eval_every", "negatives", "tau", "clip", "lr"
     for flags, good, expected in ((above_0, lambda x: 0 < x < math.inf, "a number above 0"),
                                   (("seed", "weight_decay"), lambda x: 0 <= x < math.inf, "0 or more"),
                                   (("dropout", "warmup"), lambda x: 0 <= x < 1, "at least 0 and less than 1")):
@@ -92,7 +96,7 @@ def parse_arguments(argv: list[str] | None, ranks: Ranks) -> tuple[argparse.Name
         raise ValueError(f"--model {args.model}: a size, but also a directory here; ./{args.model} means the directory")
     if args.stage == 3 and not args.sources:
         raise ValueError("--stage 3: the default sources have no negatives; `curate.py mine` makes some, for --sources")
-    if args.micro_tokens < args.max_length:
+    if args.micro_tokens != "auto" and args.micro_tokens < args.max_length:
         raise ValueError(f"--micro-tokens {args.micro_tokens} is less than one text of --max-length {args.max_length}")
     return args, resumed
 
@@ -130,14 +134,18 @@ def step_loss(e: torch.Tensor, place: torch.Tensor, args: argparse.Namespace, ra
 
 def prepare(encoder: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float, args: argparse.Namespace,
             ranks: Ranks) -> memory.OneProcess:
-    """The means of §5.3 around an encoder: precision, checkpointed layers, ZeRO."""
+    """The means of §5.3 around an encoder: precision, checkpointed layers, as large passes as fit, ZeRO."""
     dtype, reason = memory.choose_precision(args.precision, ranks.device)
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
     scaling = memory.mixed_precision(encoder, dtype)
     if args.checkpoint_layers:
         memory.checkpoint_layers(encoder)
-    engine = memory.engine(encoder, optimizer, clip, scaling, ranks, args.zero)
+    memory.sparse_gradients(encoder)
+    plan = plan_memory(encoder, args, ranks)
+    args.micro_tokens = plan.micro_tokens
+    engine = memory.engine(encoder, optimizer, clip, scaling, ranks, args.zero, plan.keep_tokens)
     ranks.say(f"{size:.1f} M parameters, {str(dtype).removeprefix('torch.')} ({reason}), {engine}")
+    ranks.say(plan.line)
     slow = args.precision == "auto" and dtype == torch.float32 and ranks.device.type == "cpu" and args.model == "tiny"
     if slow and args.batch_size * args.steps > 2 * 1024 * 30:
         ranks.say("without bf16 units a step takes long; shorter: python train.py --batch-size 1024 --steps 30")
@@ -200,7 +208,7 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
     if len(set(ranks.all(same))) > 1:
         raise ValueError("the ranks see different corpora or tokenizers; they belong on a file system that all nodes share")
     cut = partial(data.micro_batches, tokenizer, max_length=args.max_length)
-    cut(["a text"], micro_tokens=args.micro_tokens)  # raises where the model cannot take it
+    cut(["a text"], micro_tokens=args.max_length)  # raises where the model cannot take it
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout) and args.dropout is not None:
             module.p = args.dropout
@@ -304,15 +312,18 @@ def main(argv: list[str] | None = None) -> None:
     ranks, status = Ranks(), 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the loop: what is half built is cleared away
     try:
-        train(ranks, *parse_arguments(argv, ranks))
+        args, resumed = parse_arguments(argv, ranks)
+        train(ranks, args, resumed)
     except (FloatingPointError, OSError, ValueError) as error:  # one line, and nothing of a former run touched
         status = 1 if isinstance(error, FloatingPointError) else 2
         ranks.complain(f"train.py: {' '.join(str(error).split())}")
     except RuntimeError as error:
+        status, advice = 1, out_of_memory(error, args, ranks.device)
+        if advice:
+            sys.exit(f"train.py: {advice}")
         lost = ranks.lost()
         if not lost:
             raise
-        status = 1
         if ranks.rank == min(set(range(ranks.world_size)) - set(lost)):
             print(f"train.py: lost rank {', '.join(map(str, lost))} ({str(error).splitlines()[0]}); the checkpoints are as "
                   f"they were, and --resume goes on from the last", file=sys.stderr)

@@ -3,7 +3,7 @@
     python -m experiments.law
 
 trains a toy JinaBERT for 3 steps in every combination of 1, 2 and 4 processes; plain torch and DeepSpeed ZeRO 0 to 3; layers
-checkpointed or not; one micro-batch, many, or a number that differs from rank to rank; stage 2 and stage 3; fp32 and bf16.
+checkpointed or not; one micro-batch, many, many of which some keep their graph, or a number that differs from rank to rank; stage 2 and stage 3; fp32 and bf16.
 Every update theta_after - theta_before is held against one that never heard of ranks: plain fp32 in one process and one
 pass, with losses.py's equations over the whole batch. The steps go through train.prepare and train.step_loss, as train.py's.
 
@@ -44,14 +44,14 @@ FP32_ERROR, BF16_NORM, BF16_COSINE, ADAM_ERROR = 1e-4, 0.01, 0.999, 1e-3
 class Cell(NamedTuple):
     zero: int | None  # None: plain torch
     checkpointed: bool
-    micro: str  # one | many | unequal
+    micro: str  # one | many | kept: many, and of some of them the graph is kept | unequal, also kept
     stage: int
     precision: str
     optimizer: str = "sgd"
 
 
 def cells(world_size: int, few: bool) -> list[Cell]:
-    engines, micro = ([None, 0, 1, 2, 3], ["one", "many"]) if world_size == 1 else ([0, 1, 2, 3], ["one", "many", "unequal"])
+    engines, micro = ([None, 0, 1, 2, 3], ["one", "many", "kept"]) if world_size == 1 else ([0, 1, 2, 3], ["one", "many", "kept", "unequal"])
     every = [[Cell(*x) for x in product([zero], (False, True), micro, (2, 3), ("fp32", "bf16"))] for zero in engines]
     if few:
         engines = {1: [None, 2], 2: engines}.get(world_size, [2])
@@ -122,9 +122,11 @@ def update(cell: Cell, ranks: Ranks, config: str) -> torch.Tensor:
     encoder = toy()
     before, optimizer = vector(encoder), optimizer_of(cell.optimizer, encoder)
     args = argparse.Namespace(batch_size=K, negatives=N, stage=cell.stage, tau=TAU, precision=cell.precision,
-                              checkpoint_layers=cell.checkpointed, zero=None if cell.zero is None else config)
+                              checkpoint_layers=cell.checkpointed, zero=None if cell.zero is None else config,
+                              max_length=12, micro_tokens="auto", memory=None)
     engine = train.prepare(encoder, optimizer, 0.0 if cell.optimizer == "sgd" else CLIP, args, ranks)
-    size = {"one": K * (2 + N), "many": 3, "unequal": 3 * (1 + ranks.rank)}[cell.micro]
+    size = {"one": K * (2 + N), "unequal": 3 * (1 + ranks.rank)}.get(cell.micro, 3)
+    engine.keep_tokens = K * (2 + N) * 4 // ranks.world_size if cell.micro in ("kept", "unequal") else 0  # about half
     for step in range(STEPS):
         texts = texts_of(step, cell.stage, ranks.rank, ranks.world_size)
         loss_of = partial(train.step_loss, place=torch.arange(len(texts)), args=args, ranks=ranks)

@@ -1,0 +1,122 @@
+"""What fits: how much memory there is, what a token costs in it, and so how large the passes of memory.py may be.
+
+    --micro-tokens auto   as many tokens a pass as make it fast, fewer where they do not fit
+    --memory GB           what is left of it then keeps the graphs of pass 1, so that pass 2 need not embed those texts again
+
+Sizes change what a step costs, never its update, but for rounding and dropout's masks, which follow the micro-batches.
+"""
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from memory import give_back_freed_memory, random_state, set_random_state
+from ranks import Ranks
+
+# Ours. Beyond these, passes are no faster. On a CPU they are even slower: larger tensors come from the system page by page
+# each time, so that a step of tiny takes 1.12 times as long at 8,192. On a GPU not measured.
+TOKENS = {"cpu": 2048, "cuda": 32768}
+SHARE = 0.8  # Ours: of the free memory, where --memory is not given
+
+
+class Plan(NamedTuple):
+    micro_tokens: int
+    keep_tokens: int  # of the micro-batches whose graphs are kept
+    line: str
+
+
+def held(device: torch.device, peak: bool = False) -> int:
+    """Bytes of this process now, or at its peak since `forget_peak`; on a GPU what torch has allocated there. 0: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    status = Path("/proc/self/status")
+    return 1024 * int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
+
+
+def forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def free(device: torch.device) -> int:
+    """Bytes this process could still take: of the GPU, or its share of the machine's or its container's memory."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    room = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.exists() and limit.read_text().strip() != "max":
+        room = min(room, int(limit.read_text()) - int(used.read_text()))
+    return room // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def cost(encoder: nn.Module, max_length: int, device: torch.device) -> tuple[float, float]:
+    """Bytes a token, measured on one micro-batch of texts of max_length: what its graph holds between forward and backward
+    pass, and the peak of both passes. Leaves gradients of zeros, and dropout's random state as it was."""
+    state, config = random_state(device), encoder.backbone.config
+    ids = torch.randint(config.vocab_size, (-(-TOKENS["cpu"] // max_length), max_length), device=device)
+    for _ in range(2):  # the first makes the gradients, and loads kernels
+        give_back_freed_memory()
+        before = held(device)
+        forget_peak(device)
+        embeddings = encoder(ids, torch.ones_like(ids))
+        give_back_freed_memory()
+        graph = held(device) - before
+        embeddings.sum().backward()
+        peak = held(device, peak=True) - before
+    for p in encoder.parameters():
+        if p.grad is not None:
+            p.grad.zero_()
+    set_random_state(state, device)
+    return max(graph, 1) / ids.numel(), max(peak, graph, 1) / ids.numel()
+
+
+def plan(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks) -> Plan:
+    """The same on all ranks: what fits on the one with the least room. args: train.py's."""
+    default = max(args.max_length, TOKENS[ranks.device.type])
+    chosen = None if args.micro_tokens == "auto" else args.micro_tokens
+    if not held(ranks.device):
+        return Plan(chosen or default, 0, "memory: this system does not tell, so no activations are kept")
+    graph, peak = (max(x) for x in zip(*ranks.all(cost(encoder, args.max_length, ranks.device))))
+    now = held(ranks.device)
+    total = args.memory * 1e9 if args.memory else now + SHARE * free(ranks.device)
+    # AdamW's moments; DeepSpeed's stages 1 to 3 share them, and a copy of the parameters, and hold buckets to reduce
+    parameters = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    optimizer = 8 * parameters if args.zero is None and not ranks.launched else 12 * parameters / ranks.world_size + 4e8
+    # embeddings, unit rows, the columns of all ranks, and their gradients; tiles
+    texts = args.batch_size // ranks.world_size * (2 + (args.negatives if args.stage == 3 else 0))
+    loss = 4 * encoder.backbone.config.hidden_size * texts * (4 + 4 * ranks.world_size) + 1e8
+    room = min(ranks.all(total - now - optimizer - loss))
+    size = chosen or default
+    while not chosen and size > args.max_length and peak * size > room:
+        size = max(args.max_length, size // 2)
+    keep = int(min(max(0, (room - (peak - graph) * size) / graph), texts * args.max_length))
+    most = now + optimizer + loss + max(keep * graph + (peak - graph) * size, peak * size)
+    gb = lambda x: f"{x / 1e9:.2f}"
+    line = (f"memory in GB: {gb(now)} the process with parameters and gradients, {gb(optimizer)} optimizer, {gb(loss)} loss, "
+            f"{gb(1000 * graph)} activations per 1,000 tokens; {size:,} tokens a pass, activations kept of up to {keep:,}; at most "
+            f"{gb(most)} of {gb(total)}")
+    if peak * size > room:
+        line += ": MORE THAN THERE IS; a lower --micro-tokens, --batch-size or --max-length, or --checkpoint-layers, helps"
+    return Plan(size, keep, line)
+
+
+def out_of_memory(error: RuntimeError, args: argparse.Namespace, device: torch.device) -> str | None:
+    """What to lower, and to what, if it is memory that ran out; else None. (Linux may also kill a process without a word.)"""
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        return None
+    most = held(device, peak=True) / 1e9
+    ways = [f"--memory {0.8 * most:.2g} keeps fewer activations"] * (most > 0)
+    if isinstance(args.micro_tokens, int) and args.micro_tokens > args.max_length:
+        ways.append(f"--micro-tokens {max(args.max_length, args.micro_tokens // 2)} makes the passes smaller")
+    if not args.checkpoint_layers:
+        ways.append("--checkpoint-layers keeps only what enters the layers")
+    ways.append(f"--batch-size {args.batch_size // 2} makes the loss smaller")
+    return f"out of memory, with {most:.2f} GB held at most: {'; '.join(ways)}"
