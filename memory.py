@@ -280,7 +280,8 @@ class Zero(OneProcess):
             self.model.backward(scalar)
 
         micro_batches = equalise(micro_batches, max(self.ranks.all(len(micro_batches))))
-        keep = min(self.ranks.all(kept(micro_batches, self.keep_tokens)))  # as many passes on every rank
+        # As many passes on every rank. In stage 3 one graph at a time: of several, DeepSpeed would lose gradients.
+        keep = 1 if self.stage == 3 else min(self.ranks.all(kept(micro_batches, self.keep_tokens)))
         return backward(self.model, micro_batches, loss_of, back, keep)
 
     def step(self, lr: float) -> float:

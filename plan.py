@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from memory import give_back_freed_memory, random_state, set_random_state
+from memory import give_back_freed_memory, random_state, read_zero, set_random_state
 from ranks import Ranks
 
 # Ours. Beyond these, passes are no faster. On a CPU they are even slower: larger tensors come from the system page by page
@@ -89,7 +89,8 @@ def plan(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks) -> Plan:
     total = args.memory * 1e9 if args.memory else now + SHARE * free(ranks.device)
     # AdamW's moments; DeepSpeed's stages 1 to 3 share them, and a copy of the parameters, and hold buckets to reduce
     parameters = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
-    optimizer = 8 * parameters if args.zero is None and not ranks.launched else 12 * parameters / ranks.world_size + 4e8
+    plain = args.zero is None and not ranks.launched
+    optimizer = 8 * parameters if plain else 12 * parameters / ranks.world_size + 4e8
     # embeddings, unit rows, the columns of all ranks, and their gradients; tiles
     texts = args.batch_size // ranks.world_size * (2 + (args.negatives if args.stage == 3 else 0))
     loss = 4 * encoder.backbone.config.hidden_size * texts * (4 + 4 * ranks.world_size) + 1e8
@@ -98,6 +99,8 @@ def plan(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks) -> Plan:
     while not chosen and size > args.max_length and peak * size > room:
         size = max(args.max_length, size // 2)
     keep = int(min(max(0, (room - (peak - graph) * size) / graph), texts * args.max_length))
+    if not plain and read_zero(args.zero or "2")["zero_optimization"]["stage"] == 3:
+        keep = 0  # see Zero.backward
     most = now + optimizer + loss + max(keep * graph + (peak - graph) * size, peak * size)
     gb = lambda x: f"{x / 1e9:.2f}"
     line = (f"memory in GB: {gb(now)} the process with parameters and gradients, {gb(optimizer)} optimizer, {gb(loss)} loss, "
