@@ -7,6 +7,8 @@ Sizes change what a step costs, never its update, but for rounding and dropout's
 """
 
 import argparse
+import contextlib
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from memory import give_back_freed_memory, random_state, read_zero, set_random_state
+from memory import random_state, read_zero, set_random_state
 from ranks import Ranks
 
 # Ours. Beyond these, passes are no faster. On a CPU they are even slower: larger tensors come from the system page by page
@@ -45,6 +47,12 @@ def forget_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def trim() -> None:
+    """What is freed, but kept in the process, goes to the system: `held` then counts what is in use."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def free(device: torch.device) -> int:
     """Bytes this process could still take: of the GPU, or its share of the machine's or its container's memory."""
     if device.type == "cuda":
@@ -63,17 +71,18 @@ def cost(encoder: nn.Module, max_length: int, device: torch.device) -> tuple[flo
     state, config = random_state(device), encoder.backbone.config
     ids = torch.randint(config.vocab_size, (-(-TOKENS["cpu"] // max_length), max_length), device=device)
     for _ in range(2):  # the first makes the gradients, and loads kernels
-        give_back_freed_memory()
+        trim()
         before = held(device)
         forget_peak(device)
         embeddings = encoder(ids, torch.ones_like(ids))
-        give_back_freed_memory()
+        trim()
         graph = held(device) - before
         embeddings.sum().backward()
         peak = held(device, peak=True) - before
     for p in encoder.parameters():
         if p.grad is not None:
             p.grad.zero_()
+    trim()
     set_random_state(state, device)
     return max(graph, 1) / ids.numel(), max(peak, graph, 1) / ids.numel()
 

@@ -46,8 +46,9 @@ class Cell(NamedTuple):
     stage: int
     batch_size: int
     precision: str  # ours also: auto
-    mini: int  # theirs: texts of a mini-batch; ours: --micro-tokens
+    mini: int | str  # theirs: texts of a mini-batch; ours: --micro-tokens
     turn: int
+    memory: float = 0  # ours: --memory in GB; 0: unset
 
 
 # what a cell does
@@ -91,11 +92,12 @@ class Ours:
         encoder.to(self.ranks.device).train()
         flags = ["--stage", cell.stage, "--batch-size", cell.batch_size, "--precision", cell.precision, "--model", path,
                  "--micro-tokens", cell.mini, "--tau", TAU, "--negatives", NEGATIVES, "--sources", "none"]
+        flags += ["--memory", cell.memory] if cell.memory else []
         self.args, _ = train.parse_arguments([str(flag) for flag in flags], self.ranks)
         self.dtype, _ = memory.choose_precision(cell.precision, self.ranks.device)
         optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=0.0, fused=True)
         self.engine = train.prepare(encoder, optimizer, self.args.clip, self.args, self.ranks)
-        self.cut = partial(data.micro_batches, tokenizer, max_length=MAX_LENGTH, micro_tokens=cell.mini)
+        self.cut = partial(data.micro_batches, tokenizer, max_length=MAX_LENGTH, micro_tokens=self.args.micro_tokens)
         self.spent = {}
         encoder.forward = self.timed(encoder.forward, lambda: "second pass" if torch.is_grad_enabled() else "first pass")
 
@@ -214,9 +216,9 @@ def compare(name: str, stage: int, batch_size: int, precision: str, args: argpar
     chosen = max(choices, key=lambda c: pairs_per_second([run(Cell("theirs", name, 2, size, *c, 0), args)]))
     found = {"ours": [], "theirs": []}
     for turn in range(args.turns):
-        ours = "auto" if precision == "best" else precision, args.micro_tokens
-        for side, setting in ("ours", ours), ("theirs", chosen):
-            found[side].append(run(Cell(side, name, stage, batch_size, *setting, turn), args))
+        ours = "auto" if precision == "best" else precision, args.micro_tokens, turn, args.memory
+        for side, setting in ("ours", ours), ("theirs", (*chosen, turn)):
+            found[side].append(run(Cell(side, name, stage, batch_size, *setting), args))
     losses = {side: median(one["loss"] for one in cells) for side, cells in found.items()}
     off = abs(losses["ours"] / (2 * losses["theirs"]) - 1)
     if not off < NEAR["bf16" if precision == "best" else "fp32"]:
@@ -252,7 +254,8 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=("best", "fp32"), default=["best", "fp32"])
     parser.add_argument("--turns", type=int, default=3, help="of ours and theirs")
     parser.add_argument("--steps", type=int, help="of a cell; unset: 3 up to 512 rows, else 1")
-    parser.add_argument("--micro-tokens", type=int, default=8192, help="train.py's")
+    parser.add_argument("--micro-tokens", default="auto", help="train.py's")
+    parser.add_argument("--memory", type=float, default=0, help="train.py's, in GB; 0: what is free")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,0 +1,90 @@
+"""How much memory there is, what a token costs in it, and what is said when it runs out."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import memory
+import plan
+from ranks import Ranks
+from test_memory import small_encoder
+from test_train import FLAGS, folder  # noqa: F401, a fixture
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells its memory")
+CPU = torch.device("cpu")
+ARGS = dict(batch_size=1000, stage=2, negatives=15, max_length=100, micro_tokens="auto", memory=None, zero=None,
+            checkpoint_layers=False)
+
+
+def planned(monkeypatch, graph, peak, **flags):
+    """A plan with these bytes a token, in a process that holds 1 GB; 0 GB beyond it is free unless --memory says so."""
+    monkeypatch.setattr(plan, "cost", lambda *_: (graph, peak))
+    monkeypatch.setattr(plan, "held", lambda *_, **__: 10**9)
+    monkeypatch.setattr(plan, "free", lambda *_: 0)
+    return plan.plan(small_encoder(), argparse.Namespace(**ARGS | flags), Ranks(alone=True))
+
+
+def test_a_plan_by_hand(monkeypatch):
+    """Width 32, 2,000 texts: the loss takes 4 x 32 x 2,000 x 8 = 2.05 MB + 100 MB, AdamW 8 bytes x 30,000 parameters or so. Of
+    2.11 GB about 1,007 MB are left. At 100 kB a token, 150 kB at the peak, a pass of 2,048 tokens needs 307 MB, of which 102 MB
+    are the backward pass's own: (1,007 - 102) / .1 = 9,050 tokens keep their graph."""
+    found = planned(monkeypatch, 1e5, 1.5e5, memory=2.11)
+    assert found.micro_tokens == 2048 and found.keep_tokens == pytest.approx(9050, rel=0.01)
+    assert "0.10 loss, 0.10 activations per 1,000 tokens; 2,048 tokens a pass" in found.line
+    assert found.line.endswith("at most 2.11 of 2.11")
+
+
+def test_less_room_makes_smaller_passes_and_then_says_so(monkeypatch):
+    """At 1.5 MB a token 1,007 MB hold a pass of 512 tokens, 768 MB; 7 MB do not hold one of 100."""
+    assert planned(monkeypatch, 1e6, 1.5e6, memory=2.11).micro_tokens == 512
+    short = planned(monkeypatch, 1e6, 1.5e6, memory=1.11)
+    assert (short.micro_tokens, short.keep_tokens) == (100, 0) and "MORE THAN THERE IS" in short.line
+    assert planned(monkeypatch, 1e6, 1.5e6, memory=2.11, micro_tokens=300).micro_tokens == 300, "what is asked for stays"
+
+
+def test_no_more_is_kept_than_a_step_can_have(monkeypatch):
+    """1,000 pairs of at most 100 tokens a text; in stage 3 17 texts a row. ZeRO 3 keeps nothing."""
+    assert planned(monkeypatch, 1, 2, memory=9).keep_tokens == 2 * 1000 * 100
+    assert planned(monkeypatch, 1, 2, memory=9, stage=3).keep_tokens == 17 * 1000 * 100
+    assert planned(monkeypatch, 1, 2, memory=9, zero="3").keep_tokens == 0
+
+
+def test_what_a_token_costs_is_measured_and_nothing_is_left_of_it():
+    """Of a layer at least the input, 32 floats, and the feed-forward's 2 x 48; checkpointed layers keep less. Gradients are
+    zero and the generator is where it was."""
+    torch.manual_seed(3)
+    expected, found = torch.rand(2), {}
+    for checkpointed in (False, True):
+        encoder = small_encoder(dropout=0.1)
+        if checkpointed:
+            memory.checkpoint_layers(encoder)
+        memory.sparse_gradients(encoder)
+        torch.manual_seed(3)
+        found[checkpointed] = plan.cost(encoder, 512, CPU)
+        assert torch.equal(torch.rand(2), expected)
+        assert all(not p.grad.any() for p in encoder.parameters())
+    assert found[False][0] > 3 * 4 * (32 + 2 * 48) and found[False][1] >= found[False][0] > found[True][0]
+
+
+def test_running_out_of_memory_says_what_to_lower(folder):
+    """A real allocation fails, in the first step: the process may map 10 MB more than it has, and asks for 4 GB."""
+    Path("short.py").write_text("""import resource, sys, re, train, losses
+honest = losses.pair_loss
+def pair_loss(*inputs):
+    size = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (size + 10**7, size + 10**7))
+    train.torch.empty(10**9)
+    return honest(*inputs)
+losses.pair_loss = pair_loss
+train.main(sys.argv[1:])
+""")
+    run = subprocess.run([sys.executable, "short.py", *FLAGS], env={"PYTHONPATH": str(Path(__file__).parent)}, capture_output=True,
+                         text=True)
+    assert run.returncode == 1
+    line = run.stderr.strip().splitlines()[-1]
+    assert line.startswith("train.py: out of memory, with ") and "--batch-size 8 makes the loss smaller" in line, run.stderr
+    assert "Traceback" not in run.stderr
