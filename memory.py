@@ -180,6 +180,8 @@ def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch], loss_of: C
             part = encoder(*inputs[c])
         back((part * embeddings.grad[micro_batches[c][0].to(device)]).sum(), c == 0)
     set_random_state(after, device)
+    if keep == 1:
+        give_back_freed_memory()
     return loss.detach(), *more
 
 
@@ -190,6 +192,12 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: from this size on a tensor is the system's
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: so much may lie free at the end
+
+
+def give_back_freed_memory() -> None:
+    """To the system, under glibc, which keeps it in pieces: with tensors of ever new shapes, a few GB in 30 steps."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def sparse_gradients(encoder: nn.Module) -> None:

@@ -7,8 +7,6 @@ Sizes change what a step costs, never its update, but for rounding and dropout's
 """
 
 import argparse
-import contextlib
-import ctypes
 import os
 import re
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from memory import random_state, read_zero, set_random_state
+from memory import give_back_freed_memory, random_state, read_zero, set_random_state
 from ranks import Ranks
 
 # Ours. Beyond these, passes are no faster. On a CPU they are even slower: larger tensors come from the system page by page
@@ -47,12 +45,6 @@ def forget_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def trim() -> None:
-    """What is freed, but kept in the process, goes to the system: `held` then counts what is in use."""
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 def free(device: torch.device) -> int:
     """Bytes this process could still take: of the GPU, or its share of the machine's or its container's memory."""
     if device.type == "cuda":
@@ -69,20 +61,20 @@ def cost(encoder: nn.Module, max_length: int, device: torch.device) -> tuple[flo
     """Bytes a token, measured on one micro-batch of texts of max_length: what its graph holds between forward and backward
     pass, and the peak of both passes. Leaves gradients of zeros, and dropout's random state as it was."""
     state, config = random_state(device), encoder.backbone.config
-    ids = torch.randint(config.vocab_size, (-(-TOKENS["cpu"] // max_length), max_length), device=device)
+    ids = torch.randint(config.vocab_size, (-(-512 // max_length), max_length), device=device)
     for _ in range(2):  # the first makes the gradients, and loads kernels
-        trim()
+        give_back_freed_memory()
         before = held(device)
         forget_peak(device)
         embeddings = encoder(ids, torch.ones_like(ids))
-        trim()
+        give_back_freed_memory()
         graph = held(device) - before
         embeddings.sum().backward()
         peak = held(device, peak=True) - before
     for p in encoder.parameters():
         if p.grad is not None:
             p.grad.zero_()
-    trim()
+    give_back_freed_memory()
     set_random_state(state, device)
     return max(graph, 1) / ids.numel(), max(peak, graph, 1) / ids.numel()
 
@@ -108,8 +100,8 @@ def plan(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks) -> Plan:
     while not chosen and size > args.max_length and peak * size > room:
         size = max(args.max_length, size // 2)
     keep = int(min(max(0, (room - (peak - graph) * size) / graph), texts * args.max_length))
-    if not plain and read_zero(args.zero or "2")["zero_optimization"]["stage"] == 3:
-        keep = 0  # see Zero.backward
+    if keep < size or not plain and read_zero(args.zero or "2")["zero_optimization"]["stage"] == 3:
+        keep = 0  # one graph is kept anyway; for stage 3 see Zero.backward
     most = now + optimizer + loss + max(keep * graph + (peak - graph) * size, peak * size)
     gb = lambda x: f"{x / 1e9:.2f}"
     line = (f"memory in GB: {gb(now)} the process with parameters and gradients, {gb(optimizer)} optimizer, {gb(loss)} loss, "

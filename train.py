@@ -141,9 +141,10 @@ def prepare(encoder: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: fl
     if args.checkpoint_layers:
         memory.checkpoint_layers(encoder)
     memory.sparse_gradients(encoder)
-    memory.keep_freed_memory()
     plan = plan_memory(encoder, args, ranks)
     args.micro_tokens = plan.micro_tokens
+    if plan.keep_tokens:
+        memory.keep_freed_memory()
     engine = memory.engine(encoder, optimizer, clip, scaling, ranks, args.zero, plan.keep_tokens)
     ranks.say(f"{size:.1f} M parameters, {str(dtype).removeprefix('torch.')} ({reason}), {engine}")
     ranks.say(plan.line)
