@@ -7,6 +7,7 @@ Sizes change what a step costs, never its update, but for rounding and dropout's
 """
 
 import argparse
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -21,7 +22,7 @@ from ranks import Ranks
 # Ours. Beyond these, passes are no faster. On a CPU they are even slower: larger tensors come from the system page by page
 # each time, so that a step of tiny takes 1.12 times as long at 8,192. On a GPU not measured.
 TOKENS = {"cpu": 2048, "cuda": 32768}
-SHARE = 0.8  # Ours: of the free memory, where --memory is not given
+SHARE = {"cpu": 0.5, "cuda": 0.8}  # Ours: of the free memory, where --memory is not given; on a CPU others want some too
 
 
 class Plan(NamedTuple):
@@ -42,7 +43,8 @@ def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        with contextlib.suppress(OSError):  # not allowed everywhere; `cost` then finds more than there is, not less
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def free(device: torch.device) -> int:
@@ -87,7 +89,7 @@ def plan(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks) -> Plan:
         return Plan(chosen or default, 0, "memory: this system does not tell, so no activations are kept")
     graph, peak = (max(x) for x in zip(*ranks.all(cost(encoder, args.max_length, ranks.device))))
     now = held(ranks.device)
-    total = args.memory * 1e9 if args.memory else now + SHARE * free(ranks.device)
+    total = args.memory * 1e9 if args.memory else now + SHARE[ranks.device.type] * free(ranks.device)
     # AdamW's moments; DeepSpeed's stages 1 to 3 share them, and a copy of the parameters, and hold buckets to reduce
     parameters = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     plain = args.zero is None and not ranks.launched

@@ -51,7 +51,8 @@ def parse_arguments(argv: list[str] | None, ranks: Ranks) -> tuple[argparse.Name
     add = parser.add_argument_group("memory.py (§5.3)").add_argument
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of matrix products; auto: bf16 if fast")
     add("--memory", type=float, metavar="GB", help="what a process (on a GPU: its tensors) may hold, about: the more, the fewer "
-                                                  "texts are embedded twice; unset: 0.8 of what is free on top (ours)")
+                                                  "texts are embedded twice; unset: what it has, and half of what is "
+                                                  "free (on a GPU 0.8 of it; ours)")
     add("--micro-tokens", type=lambda x: x if x == "auto" else int(x), default="auto",
         help="bound on the tokens of one forward pass, with padding; auto: as many as make it fast and fit (ours)")
     add("--checkpoint-layers", action="store_true", help="keep the layers' inputs only (the paper's; off: ours)")

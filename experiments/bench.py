@@ -4,7 +4,7 @@
     python -m experiments.bench                                    batches of 512 and 4,096 pairs, and of 256 rows in stage 3
     python -m experiments.bench --models small --batch-sizes 512 --stages 2
 
-A cell is a process of its own: it opens the model, takes a small step to warm up and then one or more whole steps, from texts
+A cell is a process of its own: it opens the model, takes a step of at most 512 rows to warm up and then one or more whole steps, from texts
 to optimizer, at learning rate 0 and without dropout, so that every step of every cell has the same loss to show for it. Ours
 runs as train.py does. Theirs is CachedMultipleNegativesRankingLoss in both directions with AdamW, in a plain loop: their
 trainer's own time is not counted. Its best setting of {fp32, bf16 autocast} x {mini-batch 32, 64} is chosen at a batch of 512
@@ -175,7 +175,7 @@ def measure(cell: Cell, steps: int, out: Path) -> dict:
     path = directory(cell.model, out)
     rows = rows_of(cell.batch_size, NEGATIVES if cell.stage == 3 else 0)
     side = {"ours": Ours, "theirs": Theirs}[cell.side](cell, path)
-    side.step(rows[:64])
+    side.step(rows[:CHOSEN_AT])  # of all the memory that it will take: the first touch of a page is slow
     seconds = []
     for _ in range(steps):
         start = clock()

@@ -11,20 +11,21 @@ allocations on a GPU. Where three times the logits would not fit, only the tiled
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import median
 
 import torch
 
 import losses
+import plan
 
 FORMS = {"printed": (losses.equation_4, losses.equation_5), "tiles": (losses.pair_loss, losses.hard_negative_loss)}
 CUDA = torch.cuda.is_available()
+held = partial(plan.held, torch.device("cuda" if CUDA else "cpu"))
 
 
 def seconds(form: str, texts: list[torch.Tensor]) -> float:
@@ -36,13 +37,6 @@ def seconds(form: str, texts: list[torch.Tensor]) -> float:
     loss.backward()
     loss.item()  # a GPU's work is done
     return time.perf_counter() - start
-
-
-def held(peak: bool) -> int:
-    """Bytes held now, or at most since this process was started (ru_maxrss counts from the process that started it)."""
-    if CUDA:
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    return 1024 * int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def measure(what: str, batch_size: int, negatives: int, width: int, repeats: int) -> list[float]:
