@@ -153,8 +153,8 @@ def test_sigterm_to_one_of_two_ranks_stops_both_and_one_process_or_three_ranks_g
     assert process.wait(timeout=60) == 0, said()
     step = crashes.last_step(Path("two"))
     assert saved("two") == [f"{step:08d}"] and not Path("two/model").exists()
-    first, peak, clock, last = said()  # rank 0 alone speaks, and nothing but this
-    assert first.endswith("DeepSpeed ZeRO 2 on 2 ranks") and peak.startswith("two: peak lr")
+    first, memory, peak, clock, last = said()  # rank 0 alone speaks, and nothing but this
+    assert first.endswith("DeepSpeed ZeRO 2 on 2 ranks") and memory.startswith("memory in GB") and peak.startswith("two: peak lr")
     assert clock.startswith("the first step took")
     assert last == (f"another rank was told to stop: saved and stopped after step {step} of 12; "
                     f"python train.py --resume --out two goes on")
