@@ -312,7 +312,7 @@ def report(run: Path, evaluations: list[dict], jina: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ranks, status = Ranks(), 0
+    ranks, args, status = Ranks(), None, 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the loop: what is half built is cleared away
     try:
         args, resumed = parse_arguments(argv, ranks)
@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
         status = 1 if isinstance(error, FloatingPointError) else 2
         ranks.complain(f"train.py: {' '.join(str(error).split())}")
     except RuntimeError as error:
-        status, advice = 1, out_of_memory(error, args, ranks.device)
+        status, advice = 1, args and out_of_memory(error, args, ranks.device)
         if advice:
             sys.exit(f"train.py: {advice}")
         lost = ranks.lost()
