@@ -3,13 +3,15 @@
     pip install -r requirements-bench.txt
     python -m experiments.bench                                    batches of 512 and 4,096 pairs, and of 256 rows in stage 3
     python -m experiments.bench --models small --batch-sizes 512 --stages 2
+    python -m experiments.bench --passes                           ours alone: what the second pass costs
 
-A cell is a process of its own: it opens the model, takes a step of at most 512 rows to warm up and then one or more whole steps, from texts
+A cell is a process of its own: it opens the model, takes a small step to warm up and then one or more whole steps, from texts
 to optimizer, at learning rate 0 and without dropout, so that every step of every cell has the same loss to show for it. Ours
 runs as train.py does. Theirs is CachedMultipleNegativesRankingLoss in both directions with AdamW, in a plain loop: their
 trainer's own time is not counted. Its best setting of {fp32, bf16 autocast} x {mini-batch 32, 64} is chosen at a batch of 512
 pairs; then ours and theirs take turns. Their loss is the mean of the two directions, ours the paper's sum: no time is reported
-where ours is not twice theirs. A cell that is there is not measured again, so an interrupted run goes on; `--out` keeps them.
+where ours is not twice theirs. A cell that is there is not measured again, so an interrupted run goes on, and one with more
+`--turns` adds to it. `--out` keeps the cells, the table as bench.json and, of several batch sizes, bench.svg.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import memory
 import model
+import plan
 import train
 from corpora import installed_docs, wheels
 from ranks import Ranks
@@ -37,12 +41,14 @@ SOURCE, MAX_LENGTH, TAU, NEGATIVES = "summary_body", 128, 0.05, 15
 CUDA = torch.cuda.is_available()
 CHOICES = [(precision, mini) for precision in ("fp32", "bf16") for mini in (32, 64)]  # theirs
 CHOSEN_AT = 512  # rows at which theirs are chosen, or fewer where the batch is smaller
+WARM_TEXTS = 256  # of the step before the ones that are timed
+PASSES = {"minilm": 256, "base": 64}  # rows of --passes
 NEAR = {"fp32": 1e-4, "bf16": 0.02}  # of the losses' ratio; ours may be bf16 where theirs is fp32
 
 
 class Cell(NamedTuple):
-    side: str  # ours | theirs
-    model: str  # minilm | small
+    side: str  # ours | theirs | one pass
+    model: str  # minilm | small | base
     stage: int
     batch_size: int
     precision: str  # ours also: auto
@@ -118,17 +124,34 @@ class Ours:
         self.timed(self.engine.step, lambda: "optimizer")(0.0)
         once = sum(part for name, part in self.spent.items() if name != "second pass")
         self.spent["second pass"] = clock() - start - once  # with the backward passes, the loss's too
-        self.tokens = [sum(count) for count in zip(*((int(m.attention_mask.sum()), m.input_ids.numel()) for m in micro_batches))]
+        self.tokens = sum(int(m.attention_mask.sum()) for m in micro_batches), sum(m.input_ids.numel() for m in micro_batches)
         return loss.item()
 
     def more(self, rows: list[data.Row], seconds: float) -> dict:
-        """Shares of the last step, and of the machine's rate of matrix products what the step reaches of it."""
-        spent = dict(self.spent)
+        """Tokens, padding and parts of the last step; up to 512 rows also the share of the machine's rate of matrix products
+        that it reaches: their count takes one more step."""
+        found = {"tokens": self.tokens[0], "padding": 1 - self.tokens[0] / self.tokens[1], "spent": dict(self.spent)}
+        if len(rows) > CHOSEN_AT:
+            return found
         with FlopCounterMode(display=False) as counter:
             self.step(rows)
         rate = matrix_rate(self.dtype)
-        return {"tokens": self.tokens[0], "padding": 1 - self.tokens[0] / self.tokens[1], "spent": spent, "rate": rate,
-                "of_rate": counter.get_total_flops() / seconds / rate}
+        return found | {"rate": rate, "of_rate": counter.get_total_flops() / seconds / rate}
+
+
+class OnePass(Ours):
+    """The same step with all graphs in memory, as one would write it without memory.py: what its second pass is measured by."""
+
+    def __init__(self, cell: Cell, path: Path):
+        super().__init__(cell, path)
+        self.engine.backward = self.backward
+
+    def backward(self, micro_batches: list[data.MicroBatch], loss_of: Callable) -> tuple:
+        inputs = [(input_ids.to(self.ranks.device), mask.to(self.ranks.device)) for _, input_ids, mask in micro_batches]
+        place = torch.cat([index for index, _, _ in micro_batches]).argsort().to(self.ranks.device)
+        loss, *more = loss_of(torch.cat([self.engine.encoder(*each) for each in inputs])[place])
+        loss.backward()
+        return loss.detach(), *more
 
 
 class Theirs:
@@ -174,8 +197,8 @@ def matrix_rate(dtype: torch.dtype, size: int = 4096 if CUDA else 2048) -> float
 def measure(cell: Cell, steps: int, out: Path) -> dict:
     path = directory(cell.model, out)
     rows = rows_of(cell.batch_size, NEGATIVES if cell.stage == 3 else 0)
-    side = {"ours": Ours, "theirs": Theirs}[cell.side](cell, path)
-    side.step(rows[:CHOSEN_AT])  # of all the memory that it will take: the first touch of a page is slow
+    side = {"ours": Ours, "theirs": Theirs, "one pass": OnePass}[cell.side](cell, path)
+    side.step(rows[: max(2, WARM_TEXTS // (2 + len(rows[0].negatives)))])
     seconds = []
     for _ in range(steps):
         start = clock()
@@ -192,7 +215,7 @@ def measure(cell: Cell, steps: int, out: Path) -> dict:
 
 def run(cell: Cell, args: argparse.Namespace) -> dict:
     """What a cell measured, now or in an earlier run."""
-    path = args.out / "cells" / ("-".join(map(str, cell)) + ".json")
+    path = args.out / "cells" / ("-".join(map(str, cell)).replace(" ", "-") + ".json")
     if not path.is_file():
         print(f"{' '.join(map(str, cell))} ...", end=" ", file=sys.stderr, flush=True)
         steps = args.steps or (1 if cell.batch_size > CHOSEN_AT else 3)
@@ -227,20 +250,62 @@ def compare(name: str, stage: int, batch_size: int, precision: str, args: argpar
     speed = {side: pairs_per_second(cells) for side, cells in found.items()}
     by_turn = [pairs_per_second([a]) / pairs_per_second([b]) for a, b in zip(found["ours"], found["theirs"])]
     peak = {side: max(one["peak"] for one in cells) for side, cells in found.items()}
-    return {"model": name, "stage": stage, "batch_size": batch_size, "precision": precision, "theirs": chosen, "speed": speed,
-            "ratio": median(by_turn), "ratios": by_turn, "peak": peak, "losses": losses, "ours": found["ours"][0]}
+    return {"model": name, "stage": stage, "batch_size": batch_size, "precision": precision, "memory": args.memory,
+            "theirs": chosen, "speed": speed, "ratio": median(by_turn), "ratios": by_turn, "peak": peak, "losses": losses,
+            "ours": found["ours"][0]}
+
+
+def passes(name: str, args: argparse.Namespace) -> dict:
+    """Ours with all graphs in one pass, in two passes with as many graphs kept as --memory has room for, and with one kept."""
+    kinds, size = {"one pass": ("one pass", 0), "kept": ("ours", args.memory), "one kept": ("ours", 0.01)}, PASSES[name]
+    tokens = plan.TOKENS["cuda" if CUDA else "cpu"] if args.micro_tokens == "auto" else int(args.micro_tokens)
+    found = {kind: [] for kind in kinds}
+    for turn in range(args.turns):
+        for kind, (side, room) in kinds.items():
+            found[kind].append(run(Cell(side, name, 2, size, "auto", tokens, turn, room), args))
+    seconds = {kind: [median(one["seconds"]) for one in cells] for kind, cells in found.items()}
+    return {"model": name, "batch_size": size, "peak": {kind: max(c["peak"] for c in cells) for kind, cells in found.items()},
+            "ratio": {kind: median(a / b for a, b in zip(each, seconds["one pass"])) for kind, each in seconds.items()},
+            "of_rate": {kind: median(one["of_rate"] for one in cells) for kind, cells in found.items()}}
+
+
+def table_of_passes(rows: list[dict]) -> str:
+    lines = [("model", "pairs", *(f"{kind}: {what}" for kind in rows[0]["peak"] for what in ("time", "GB", "of matrix rate")))]
+    lines += [("---",) * len(lines[0])]
+    lines += [(row["model"], row["batch_size"], *(x for kind in row["peak"] for x in (
+        f"{row['ratio'][kind]:.2f}", f"{row['peak'][kind] / 1e9:.1f}", f"{row['of_rate'][kind]:.0%}"))) for row in rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    """Pairs per second and peak memory against the batch size, of the first model's stage 2."""
+    from matplotlib.figure import Figure
+    first = rows[0]["model"], 2, rows[0]["precision"]
+    rows = [row for row in rows if (row["model"], row["stage"], row["precision"]) == first]
+    drawn, sizes = Figure(figsize=(8, 3), layout="constrained"), [row["batch_size"] for row in rows]
+    if len(sizes) < 2:
+        return
+    for axes, label, value in zip(drawn.subplots(1, 2), ("pairs a second", "peak memory of the process, GB"),
+                                  (lambda row, side: row["speed"][side], lambda row, side: row["peak"][side] / 1e9)):
+        for side, name in ("ours", "ours"), ("theirs", "sentence-transformers"):
+            axes.plot(sizes, [value(row, side) for row in rows], marker="o", label=name)
+        axes.set(xlabel="pairs in a batch", ylabel=label, xscale="log", xticks=sizes, xticklabels=sizes, ylim=(0, None))
+        axes.minorticks_off()
+    axes.legend()
+    drawn.savefig(path)
 
 
 def table(rows: list[dict]) -> str:
     head = ("model", "stage", "rows", "precision", "theirs at", "rows/s, ours", "theirs", "ratio (least)", "GB, ours", "theirs",
-            "padding", "of matrix rate")
+            "tokens/s, ours", "padding", "of matrix rate")
     lines = [head, ("---",) * len(head)]
     for row in rows:
         speed, peak = row["speed"], row["peak"]
         lines.append((row["model"], row["stage"], row["batch_size"], row["precision"], "{} x {}".format(*row["theirs"]),
                       f"{speed['ours']:.1f}", f"{speed['theirs']:.1f}", f"{row['ratio']:.1f} ({min(row['ratios']):.1f})",
-                      f"{peak['ours'] / 1e9:.1f}", f"{peak['theirs'] / 1e9:.1f}", f"{row['ours']['padding']:.0%}",
-                      f"{row['ours']['of_rate']:.0%}"))
+                      f"{peak['ours'] / 1e9:.2f}", f"{peak['theirs'] / 1e9:.2f}",
+                      f"{row['ours']['tokens'] * speed['ours'] / row['batch_size']:,.0f}", f"{row['ours']['padding']:.0%}",
+                      f"{row['ours']['of_rate']:.0%}" if "of_rate" in row["ours"] else ""))
     shares = [f"{row['model']}, stage {row['stage']}, {row['batch_size']} rows, {row['precision']}: " + ", ".join(
         f"{name} {part / sum(row['ours']['spent'].values()):.0%}" for name, part in row["ours"]["spent"].items()) for row in rows]
     return "\n".join(["| " + " | ".join(map(str, line)) + " |" for line in lines] + ["", "The step of ours:", *shares])
@@ -257,13 +322,19 @@ def main() -> None:
     parser.add_argument("--micro-tokens", default="auto", help="train.py's")
     parser.add_argument("--memory", type=float, default=0, help="train.py's, in GB; 0: what is free")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--passes", action="store_true", help="what the second pass costs, and the share of the matrix rate")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
         return print("\n" + json.dumps(measure(Cell(*args.cell), args.steps, args.out)))
+    if args.passes:
+        rows = [passes(name, args) for name in PASSES]
+        (args.out / "passes.json").write_text(json.dumps(rows, indent=1) + "\n")
+        return print(table_of_passes(rows))
     rows = [compare(name, stage, batch_size, precision, args) for name in args.models for stage in args.stages
             for batch_size in (args.batch_sizes if stage == 2 else [256]) for precision in args.precisions]
     (args.out / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
+    figure(rows, args.out / "bench.svg")
     print(table(rows))
 
 
