@@ -206,12 +206,15 @@ def test_mixed_precision_multiplies_in_bf16_and_keeps_fp32_around_it():
     assert {p.grad.dtype for p in encoder.parameters()} == {p.dtype for p in encoder.parameters()} == {torch.float32}
 
 
-def test_bf16_gives_nearly_the_fp32_update():
+@pytest.mark.parametrize("kind", ["jina", "bert"])
+def test_bf16_gives_nearly_the_fp32_update(kind):
     """8 bits of mantissa: cosine at least 0.99 with the fp32 gradient, norm within 5 % (tau = 0.05 magnifies rounding)."""
     updates = []
     for dtype in (torch.float32, torch.bfloat16):
-        encoder = small_encoder()
+        encoder = small_encoder(kind=kind)
         memory.mixed_precision(encoder, dtype)
+        if kind == "bert":  # its own choice is the fused kernel
+            assert encoder.backbone.config._attn_implementation == ("sdpa" if dtype == torch.float32 else "eager")
         updates.append(sgd_update(encoder, cut(step_texts(), groups_of(5)), stage_2, steps=1))
     a, b = updates
     assert torch.cosine_similarity(a, b, dim=0) > 0.99 and b.norm() / a.norm() == pytest.approx(1, abs=0.05)

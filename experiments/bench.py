@@ -16,6 +16,7 @@ where ours is not twice theirs. A cell that is there is not measured again, so a
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import losses
 import memory
 import model
 import plan
@@ -37,24 +39,24 @@ import train
 from corpora import installed_docs, wheels
 from ranks import Ranks
 
-SOURCE, MAX_LENGTH, TAU, NEGATIVES = "summary_body", 128, 0.05, 15
+SOURCE, TAU, NEGATIVES = "summary_body", 0.05, 15
 CUDA = torch.cuda.is_available()
 CHOICES = [(precision, mini) for precision in ("fp32", "bf16") for mini in (32, 64)]  # theirs
+OURS = {"best": "auto", "fp32": "fp32"}  # --precision
 CHOSEN_AT = 512  # rows at which theirs are chosen, or fewer where the batch is smaller
 WARM_TEXTS = 256  # of the step before the ones that are timed
-PASSES = {"minilm": 256, "base": 64}  # rows of --passes
 NEAR = {"fp32": 1e-4, "bf16": 0.02}  # of the losses' ratio; ours may be bf16 where theirs is fp32
 
 
 class Cell(NamedTuple):
-    side: str  # ours | theirs | one pass
+    side: str  # ours | theirs | one pass | printed
     model: str  # minilm | small | base
     stage: int
     batch_size: int
     precision: str  # ours also: auto
-    mini: int | str  # theirs: texts of a mini-batch; ours: --micro-tokens
+    max_length: int
+    setting: int | str  # theirs: texts of a mini-batch; ours: more of train.py's flags
     turn: int
-    memory: float = 0  # ours: --memory in GB; 0: unset
 
 
 # what a cell does
@@ -97,13 +99,13 @@ class Ours:
         without_dropout(encoder)
         encoder.to(self.ranks.device).train()
         flags = ["--stage", cell.stage, "--batch-size", cell.batch_size, "--precision", cell.precision, "--model", path,
-                 "--micro-tokens", cell.mini, "--tau", TAU, "--negatives", NEGATIVES, "--sources", "none"]
-        flags += ["--memory", cell.memory] if cell.memory else []
+                 "--max-length", cell.max_length, "--tau", TAU, "--negatives", NEGATIVES, "--sources", "none",
+                 *cell.setting.split()]
         self.args, _ = train.parse_arguments([str(flag) for flag in flags], self.ranks)
         self.dtype, _ = memory.choose_precision(cell.precision, self.ranks.device)
         optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=0.0, fused=True)
         self.engine = train.prepare(encoder, optimizer, self.args.clip, self.args, self.ranks)
-        self.cut = partial(data.micro_batches, tokenizer, max_length=MAX_LENGTH, micro_tokens=self.args.micro_tokens)
+        self.cut = partial(data.micro_batches, tokenizer, max_length=cell.max_length, micro_tokens=self.args.micro_tokens)
         self.spent = {}
         encoder.forward = self.timed(encoder.forward, lambda: "second pass" if torch.is_grad_enabled() else "first pass")
 
@@ -140,11 +142,14 @@ class Ours:
 
 
 class OnePass(Ours):
-    """The same step with all graphs in memory, as one would write it without memory.py: what its second pass is measured by."""
+    """The same step with all graphs in memory, as one would write it without memory.py: what its second pass is measured by.
+    `printed`: and with the loss's equation as the paper prints it."""
 
     def __init__(self, cell: Cell, path: Path):
         super().__init__(cell, path)
         self.engine.backward = self.backward
+        if cell.side == "printed":
+            losses.pair_loss, losses.hard_negative_loss = losses.equation_4, losses.equation_5
 
     def backward(self, micro_batches: list[data.MicroBatch], loss_of: Callable) -> tuple:
         inputs = [(input_ids.to(self.ranks.device), mask.to(self.ranks.device)) for _, input_ids, mask in micro_batches]
@@ -160,11 +165,11 @@ class Theirs:
         from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
         self.cell = cell
         self.encoder = SentenceTransformer(str(path), trust_remote_code=True)
-        self.encoder.max_seq_length = MAX_LENGTH
+        self.encoder.max_seq_length = cell.max_length
         without_dropout(self.encoder)
         self.encoder.train()
         self.loss = CachedMultipleNegativesRankingLoss(
-            self.encoder, scale=1 / TAU, mini_batch_size=cell.mini, directions=("query_to_doc", "doc_to_query"),
+            self.encoder, scale=1 / TAU, mini_batch_size=cell.setting, directions=("query_to_doc", "doc_to_query"),
             partition_mode="per_direction")
         self.optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=0.0, fused=True)
 
@@ -172,7 +177,8 @@ class Theirs:
         columns = [[row.query for row in rows], [row.positive for row in rows], *zip(*(row.negatives for row in rows))]
         with torch.autocast(self.encoder.device.type, dtype=torch.bfloat16, enabled=self.cell.precision == "bf16"):
             inputs = [self.encoder.preprocess(list(column)) for column in columns]
-            inputs = [{name: x.to(self.encoder.device) if torch.is_tensor(x) else x for name, x in one.items()} for one in inputs]
+            inputs = [{name: x.to(self.encoder.device) if torch.is_tensor(x) else x for name, x in one.items()}
+                      for one in inputs]
             loss = self.loss(inputs, None)
             loss.backward()  # inside, or their second pass would be fp32
         torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
@@ -197,13 +203,16 @@ def matrix_rate(dtype: torch.dtype, size: int = 4096 if CUDA else 2048) -> float
 def measure(cell: Cell, steps: int, out: Path) -> dict:
     path = directory(cell.model, out)
     rows = rows_of(cell.batch_size, NEGATIVES if cell.stage == 3 else 0)
-    side = {"ours": Ours, "theirs": Theirs, "one pass": OnePass}[cell.side](cell, path)
-    side.step(rows[: max(2, WARM_TEXTS // (2 + len(rows[0].negatives)))])
-    seconds = []
-    for _ in range(steps):
-        start = clock()
-        loss = side.step(rows)
-        seconds.append(clock() - start)
+    try:
+        side = {"ours": Ours, "theirs": Theirs, "one pass": OnePass, "printed": OnePass}[cell.side](cell, path)
+        side.step(rows[: max(2, WARM_TEXTS // (2 + len(rows[0].negatives)))])
+        seconds = []
+        for _ in range(steps):
+            start = clock()
+            loss = side.step(rows)
+            seconds.append(clock() - start)
+    except torch.OutOfMemoryError:  # a GPU's; on a CPU the system ends the process
+        return {**cell._asdict(), "loss": math.nan, "seconds": [math.inf], "peak": math.inf, "of_rate": math.nan}
     if CUDA:
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -215,11 +224,12 @@ def measure(cell: Cell, steps: int, out: Path) -> dict:
 
 def run(cell: Cell, args: argparse.Namespace) -> dict:
     """What a cell measured, now or in an earlier run."""
-    path = args.out / "cells" / ("-".join(map(str, cell)).replace(" ", "-") + ".json")
+    path = args.out / "cells" / (re.sub(r"[ -]+", "-", "-".join(map(str, cell))) + ".json")
     if not path.is_file():
         print(f"{' '.join(map(str, cell))} ...", end=" ", file=sys.stderr, flush=True)
         steps = args.steps or (1 if cell.batch_size > CHOSEN_AT else 3)
-        command = [sys.executable, "-m", "experiments.bench", "--cell", json.dumps(cell), "--steps", str(steps), "--out", args.out]
+        command = [sys.executable, "-m", "experiments.bench", "--cell", json.dumps(cell), "--steps", str(steps),
+                   "--out", args.out]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
         print(f"{cell.batch_size / median(found['seconds']):.1f} pairs/s", file=sys.stderr)
@@ -236,44 +246,47 @@ def pairs_per_second(found: list[dict]) -> float:
 def compare(name: str, stage: int, batch_size: int, precision: str, args: argparse.Namespace) -> dict:
     """Ours and theirs in turn; precision "fp32": both in fp32, "best": each at what it does best."""
     choices, size = [c for c in CHOICES if precision == "best" or c[0] == precision], min(batch_size, CHOSEN_AT)
-    chosen = max(choices, key=lambda c: pairs_per_second([run(Cell("theirs", name, 2, size, *c, 0), args)]))
+    cell = lambda side, stage, size, precision, setting, turn: run(
+        Cell(side, name, stage, size, precision, args.max_length, setting, turn), args)
+    chosen = max(choices, key=lambda c: pairs_per_second([cell("theirs", 2, size, *c, 0)]))
     found = {"ours": [], "theirs": []}
     for turn in range(args.turns):
-        ours = "auto" if precision == "best" else precision, args.micro_tokens, turn, args.memory
-        for side, setting in ("ours", ours), ("theirs", (*chosen, turn)):
-            found[side].append(run(Cell(side, name, stage, batch_size, *setting), args))
-    losses = {side: median(one["loss"] for one in cells) for side, cells in found.items()}
-    off = abs(losses["ours"] / (2 * losses["theirs"]) - 1)
+        found["ours"].append(cell("ours", stage, batch_size, OURS[precision], args.flags, turn))
+        found["theirs"].append(cell("theirs", stage, batch_size, *chosen, turn))
+    loss = {side: median(one["loss"] for one in cells) for side, cells in found.items()}
+    off = abs(loss["ours"] / (2 * loss["theirs"]) - 1)
     if not off < NEAR["bf16" if precision == "best" else "fp32"]:
-        raise SystemExit(f"{name}, stage {stage}, batch {batch_size}: losses {losses}; ours is not twice theirs, so the two do "
+        raise SystemExit(f"{name}, stage {stage}, batch {batch_size}: losses {loss}; ours is not twice theirs, so the two do "
                          f"not compute the same, and no time is reported")
     speed = {side: pairs_per_second(cells) for side, cells in found.items()}
     by_turn = [pairs_per_second([a]) / pairs_per_second([b]) for a, b in zip(found["ours"], found["theirs"])]
     peak = {side: max(one["peak"] for one in cells) for side, cells in found.items()}
-    return {"model": name, "stage": stage, "batch_size": batch_size, "precision": precision, "memory": args.memory,
-            "theirs": chosen, "speed": speed, "ratio": median(by_turn), "ratios": by_turn, "peak": peak, "losses": losses,
+    return {"model": name, "stage": stage, "batch_size": batch_size, "precision": precision, "flags": args.flags,
+            "theirs": chosen, "speed": speed, "ratio": median(by_turn), "ratios": by_turn, "peak": peak, "losses": loss,
             "ours": found["ours"][0]}
 
 
-def passes(name: str, args: argparse.Namespace) -> dict:
-    """Ours with all graphs in one pass, in two passes with as many graphs kept as --memory has room for, and with one kept."""
-    kinds, size = {"one pass": ("one pass", 0), "kept": ("ours", args.memory), "one kept": ("ours", 0.01)}, PASSES[name]
-    tokens = plan.TOKENS["cuda" if CUDA else "cpu"] if args.micro_tokens == "auto" else int(args.micro_tokens)
+def passes(name: str, batch_size: int, args: argparse.Namespace) -> dict:
+    """Ours, in turn: in one pass with the loss as printed, and in tiles; in two passes with as many graphs kept as there is
+    room for, with one, and with one of checkpointed layers."""
+    one = f"--memory 0.01 --micro-tokens {max(args.max_length, plan.TOKENS['cuda' if CUDA else 'cpu'])}"
+    kinds = {"one pass, loss as printed": ("printed", ""), "one pass": ("one pass", ""), "graphs kept": ("ours", args.flags),
+             "one graph kept": ("ours", one), "and its layers checkpointed": ("ours", one + " --checkpoint-layers")}
     found = {kind: [] for kind in kinds}
     for turn in range(args.turns):
-        for kind, (side, room) in kinds.items():
-            found[kind].append(run(Cell(side, name, 2, size, "auto", tokens, turn, room), args))
+        for kind, (side, flags) in kinds.items():
+            cell = Cell(side, name, 2, batch_size, OURS[args.precisions[0]], args.max_length, flags, turn)
+            found[kind].append(run(cell, args))
     seconds = {kind: [median(one["seconds"]) for one in cells] for kind, cells in found.items()}
-    return {"model": name, "batch_size": size, "peak": {kind: max(c["peak"] for c in cells) for kind, cells in found.items()},
-            "ratio": {kind: median(a / b for a, b in zip(each, seconds["one pass"])) for kind, each in seconds.items()},
-            "of_rate": {kind: median(one["of_rate"] for one in cells) for kind, cells in found.items()}}
+    return {"model": name, "batch_size": batch_size, "kinds": {kind: {
+        "ratio": median(a / b for a, b in zip(seconds[kind], seconds["one pass"])), "peak": max(c["peak"] for c in cells),
+        "of_rate": median(c.get("of_rate", math.nan) for c in cells)} for kind, cells in found.items()}}
 
 
 def table_of_passes(rows: list[dict]) -> str:
-    lines = [("model", "pairs", *(f"{kind}: {what}" for kind in rows[0]["peak"] for what in ("time", "GB", "of matrix rate")))]
-    lines += [("---",) * len(lines[0])]
-    lines += [(row["model"], row["batch_size"], *(x for kind in row["peak"] for x in (
-        f"{row['ratio'][kind]:.2f}", f"{row['peak'][kind] / 1e9:.1f}", f"{row['of_rate'][kind]:.0%}"))) for row in rows]
+    lines = [("model", "pairs", "", "time", "GB", "of matrix rate"), ("---",) * 6]
+    lines += [(row["model"], row["batch_size"], kind, f"{found['ratio']:.2f}", f"{found['peak'] / 1e9:.2f}",
+               f"{found['of_rate']:.0%}") for row in rows for kind, found in row["kinds"].items()]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
@@ -306,21 +319,23 @@ def table(rows: list[dict]) -> str:
                       f"{peak['ours'] / 1e9:.2f}", f"{peak['theirs'] / 1e9:.2f}",
                       f"{row['ours']['tokens'] * speed['ours'] / row['batch_size']:,.0f}", f"{row['ours']['padding']:.0%}",
                       f"{row['ours']['of_rate']:.0%}" if "of_rate" in row["ours"] else ""))
-    shares = [f"{row['model']}, stage {row['stage']}, {row['batch_size']} rows, {row['precision']}: " + ", ".join(
-        f"{name} {part / sum(row['ours']['spent'].values()):.0%}" for name, part in row["ours"]["spent"].items()) for row in rows]
+    share = lambda spent: ", ".join(f"{name} {part / sum(spent.values()):.1%}" for name, part in spent.items())
+    shares = ["{model}, stage {stage}, {batch_size} rows, {precision}: ".format(**row) + share(row["ours"]["spent"])
+              for row in rows]
     return "\n".join(["| " + " | ".join(map(str, line)) + " |" for line in lines] + ["", "The step of ours:", *shares])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=("minilm", "small"), default=["minilm", "small"])
+    parser.add_argument("--models", nargs="+", choices=("minilm", "small", "base"), default=["minilm", "small"])
     parser.add_argument("--stages", nargs="+", type=int, choices=(2, 3), default=[2, 3])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[512, 4096], help="of stage 2; stage 3 takes 256 rows")
-    parser.add_argument("--precisions", nargs="+", choices=("best", "fp32"), default=["best", "fp32"])
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--precisions", nargs="+", choices=("best", "fp32"), default=["best", "fp32"],
+                        help="best: auto for ours, for theirs what is fastest; fp32: both; --passes takes the first")
+    parser.add_argument("--flags", default="", help="more of train.py's for ours, as in '--memory 2'")
     parser.add_argument("--turns", type=int, default=3, help="of ours and theirs")
     parser.add_argument("--steps", type=int, help="of a cell; unset: 3 up to 512 rows, else 1")
-    parser.add_argument("--micro-tokens", default="auto", help="train.py's")
-    parser.add_argument("--memory", type=float, default=0, help="train.py's, in GB; 0: what is free")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--passes", action="store_true", help="what the second pass costs, and the share of the matrix rate")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
@@ -328,7 +343,7 @@ def main() -> None:
     if args.cell:
         return print("\n" + json.dumps(measure(Cell(*args.cell), args.steps, args.out)))
     if args.passes:
-        rows = [passes(name, args) for name in PASSES]
+        rows = [passes(name, batch_size, args) for name in args.models for batch_size in args.batch_sizes]
         (args.out / "passes.json").write_text(json.dumps(rows, indent=1) + "\n")
         return print(table_of_passes(rows))
     rows = [compare(name, stage, batch_size, precision, args) for name in args.models for stage in args.stages

@@ -3,7 +3,8 @@
     python -m experiments.law
 
 trains a toy JinaBERT for 3 steps in every combination of 1, 2 and 4 processes; plain torch and DeepSpeed ZeRO 0 to 3; layers
-checkpointed or not; one micro-batch, many, many of which some keep their graph, or a number that differs from rank to rank; stage 2 and stage 3; fp32 and bf16.
+checkpointed or not; one micro-batch, many, many of which some keep their graph, or a number that differs from rank to rank;
+stage 2 and stage 3; fp32 and bf16.
 Every update theta_after - theta_before is held against one that never heard of ranks: plain fp32 in one process and one
 pass, with losses.py's equations over the whole batch. The steps go through train.prepare and train.step_loss, as train.py's.
 
@@ -51,7 +52,9 @@ class Cell(NamedTuple):
 
 
 def cells(world_size: int, few: bool) -> list[Cell]:
-    engines, micro = ([None, 0, 1, 2, 3], ["one", "many", "kept"]) if world_size == 1 else ([0, 1, 2, 3], ["one", "many", "kept", "unequal"])
+    engines, micro = [0, 1, 2, 3], ["one", "many", "kept", "unequal"]
+    if world_size == 1:
+        engines, micro = [None, *engines], micro[:3]
     every = [[Cell(*x) for x in product([zero], (False, True), micro, (2, 3), ("fp32", "bf16"))] for zero in engines]
     if few:
         engines = {1: [None, 2], 2: engines}.get(world_size, [2])
