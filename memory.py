@@ -17,7 +17,7 @@ the embeddings E = f(texts; theta), the chain rule splits dL/dtheta at E (Gao et
     dL/dtheta = sum_c (dE_c/dtheta)^T G_c = sum_c d<E_c, G_c>/dtheta  with G_c held constant: exact, no factor anywhere.
 
 It costs one more forward pass of the micro-batches whose graph was not kept. Both passes must see the same dropout masks, so
-the random state of each micro-batch is kept and restored.
+each micro-batch has a seed of its own.
 
 Ranks (the paper only names DeepSpeed). Rank r of W embeds its own rows and takes the mean loss L_r over them, against the
 gathered columns of all ranks; the loss of the global batch is L = (1/W) sum_r L_r. `Ranks.gather` hands every rank's
@@ -125,17 +125,6 @@ def checkpoint_layers(model: nn.Module) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=True)
 
 
-def random_state(device: torch.device) -> list[Tensor]:
-    """What dropout draws from: the CPU's generator and the device's."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-
-
-def set_random_state(state: Sequence[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda" and len(state) > 1:  # a checkpoint made on a CPU has none: dropout goes on with other masks
-        torch.cuda.set_rng_state(state[1], device)
-
-
 def equalise(micro_batches: Sequence[MicroBatch], count: int) -> list[MicroBatch]:
     """`count` micro-batches, by halving the largest: every pass is a collective under ZeRO-2 and 3, so that a rank with fewer
     than another would leave it waiting."""
@@ -165,28 +154,33 @@ def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch], loss_of: C
     -> what loss_of gave, L detached.
     """
     device = next(encoder.parameters()).device
-    inputs = [(input_ids.to(device), mask.to(device)) for _, input_ids, mask in micro_batches]
-    place = torch.cat([index for index, _, _ in micro_batches]).argsort().to(device)
-    states, parts = [], []
-    for c, micro_batch in enumerate(inputs):
-        states.append(random_state(device))
+    inputs = [(index.to(device), input_ids.to(device), mask.to(device)) for index, input_ids, mask in micro_batches]
+    seeds = torch.randint(1 << 62, (len(inputs),)).tolist()  # a micro-batch's dropout is the same in both passes
+    after, embeddings, graphs = torch.get_rng_state(), None, []
+    for c, (index, *micro_batch) in enumerate(inputs):
+        torch.manual_seed(seeds[c])
         with torch.set_grad_enabled(c >= len(inputs) - keep):
-            parts.append(encoder(*micro_batch))
-    after = random_state(device)
-    embeddings = torch.cat([part.detach().float() for part in parts])[place].requires_grad_()
+            part = encoder(*micro_batch)
+        if embeddings is None:  # in one piece: many small ones would lie scattered over what the passes have freed
+            embeddings = torch.empty(sum(len(x[0]) for x in inputs), part.shape[1], device=device)
+        embeddings[index] = part.detach().float()
+        graphs.append(part if part.requires_grad else None)
+        del part
 
-    loss, *more = loss_of(embeddings)
+    loss, *more = loss_of(embeddings.requires_grad_())
     loss.backward()  # fills embeddings.grad, the cached gradient G, in fp32
 
-    for c in reversed(range(len(inputs))):  # the order, and so the last bit of the sum, is the same whatever was kept
-        part = parts.pop()
-        if not part.requires_grad:
-            set_random_state(states[c], device)
-            part = encoder(*inputs[c])
-        back((part * embeddings.grad[micro_batches[c][0].to(device)]).sum(), c == 0)
-    set_random_state(after, device)
-    if keep == 1:
-        give_back_freed_memory()
+    for c, (index, *micro_batch) in reversed([*enumerate(inputs)]):  # the order, so that no bit of the sum tells what was kept
+        part = graphs.pop()
+        again = part is None
+        if again:
+            torch.manual_seed(seeds[c])
+            part = encoder(*micro_batch)
+        back((part * embeddings.grad[index]).sum(), c == 0)
+        del part
+        if (again or keep == 1) and c % 16 == 0:
+            give_back_freed_memory()
+    torch.set_rng_state(after)
     return loss.detach(), *more
 
 
@@ -195,12 +189,12 @@ def keep_freed_memory() -> None:
     them anew, page by page. With the graphs kept that is a fourth of a step's time, as much as keeping them saves."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: from this size on a tensor is the system's
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: so much may lie free at the end
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no tensor is a mapping of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: what lies free at the end stays, however much it is
 
 
 def give_back_freed_memory() -> None:
-    """To the system, under glibc, which keeps it in pieces: with tensors of ever new shapes, a few GB in 30 steps."""
+    """To the system, under glibc, which keeps it in pieces: with tensors of ever new shapes, 3 MB a micro-batch."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

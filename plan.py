@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from memory import give_back_freed_memory, random_state, read_zero, set_random_state
+from memory import give_back_freed_memory, read_zero
 from ranks import Ranks
 
 # Ours. Beyond these, passes are no faster. On a CPU they are even slower: larger tensors come from the system page by page
@@ -62,7 +62,7 @@ def free(device: torch.device) -> int:
 def cost(encoder: nn.Module, max_length: int, device: torch.device) -> tuple[float, float]:
     """Bytes a token, measured on one micro-batch of texts of max_length: what its graph holds between forward and backward
     pass, and the peak of both passes. Leaves gradients of zeros, and dropout's random state as it was."""
-    state, config = random_state(device), encoder.backbone.config
+    state, config = torch.get_rng_state(), encoder.backbone.config
     ids = torch.randint(config.vocab_size, (-(-512 // max_length), max_length), device=device)
     for _ in range(2):  # the first makes the gradients, and loads kernels
         give_back_freed_memory()
@@ -77,7 +77,7 @@ def cost(encoder: nn.Module, max_length: int, device: torch.device) -> tuple[flo
         if p.grad is not None:
             p.grad.zero_()
     give_back_freed_memory()
-    set_random_state(state, device)
+    torch.set_rng_state(state)
     return max(graph, 1) / ids.numel(), max(peak, graph, 1) / ids.numel()
 
 

@@ -85,7 +85,7 @@ def test_the_comparison_would_see_a_factor():
 
 @pytest.mark.parametrize("loss_of", [stage_2, stage_3])
 def test_the_second_pass_repeats_the_dropout_of_the_first(loss_of):
-    """With dropout 0.3, against one graph kept over the same micro-batches, forward passes in the same order."""
+    """With dropout 0.3, against one graph kept over the same micro-batches with the seeds of their masks."""
     micro_batches = cut(step_texts(), groups_of(5))
     encoder = small_encoder(dropout=0.3)
     torch.manual_seed(3)
@@ -95,12 +95,15 @@ def test_the_second_pass_repeats_the_dropout_of_the_first(loss_of):
 
     encoder.zero_grad()
     torch.manual_seed(3)
-    kept = torch.cat([encoder(ids, mask) for _, ids, mask in micro_batches])
+    seeds = torch.randint(1 << 62, (len(micro_batches),)).tolist()
+    after = torch.get_rng_state()
+    kept = torch.cat([torch.manual_seed(seed) and encoder(ids, mask) for seed, (_, ids, mask) in zip(seeds, micro_batches)])
     loss_of(kept)[0].backward()
     assert torch.equal(loss, loss_of(kept)[0].detach()) and torch.equal(embeddings, kept.detach())
     for a, b in zip(two_pass, [p.grad for p in encoder.parameters()]):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * b.abs().max())
-    assert torch.equal(next_draw, torch.rand(3)), "the second pass leaves the generator where the first left it"
+    torch.set_rng_state(after)
+    assert torch.equal(next_draw, torch.rand(3)), "a step takes its seeds of the generator, and nothing else"
 
 
 @pytest.mark.parametrize("kind", ["jina", "bert"])
@@ -158,7 +161,7 @@ def test_what_keeps_its_graph_is_embedded_once(keep, passes):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_what_keeps_its_graph_changes_no_bit_and_no_random_number(checkpointed):
-    """With dropout: the same masks, added up in the same order; the generator is left where the first pass left it."""
+    """With dropout: the same masks, added up in the same order; the generator is left at the same place."""
     found = []
     for keep in range(1, 6):
         encoder = small_encoder(dropout=0.3)
