@@ -54,15 +54,14 @@ def sync(path: Path) -> None:
 
 
 def save(run: Path, state: dict, write_model: Callable[[Path], None], moments: dict[str, Tensor],
-         random_states: Sequence[Sequence[Tensor]]) -> None:
+         random_states: Sequence[Tensor]) -> None:
     """Writes run/checkpoints/STEP and removes all but the newest KEEP. state: JSON-able, with "step"; moments: the optimizer's
     state by "parameter/kind"; random_states: of every rank."""
 
     def write(part: Path) -> None:
         write_model(part / "model")
         save_file({name: tensor.contiguous() for name, tensor in moments.items()}, part / "optimizer.safetensors")
-        save_file({f"{rank}/{i}": tensor for rank, state in enumerate(random_states) for i, tensor in enumerate(state)},
-                  part / "random.safetensors")
+        save_file({str(rank): tensor for rank, tensor in enumerate(random_states)}, part / "random.safetensors")
         sizes = {str(path.relative_to(part)): path.stat().st_size for path in part.rglob("*") if path.is_file()}
         (part / "state.json").write_text(json.dumps(state | {"files": sizes}))
 
@@ -116,16 +115,13 @@ def newest(out: str | None) -> Checkpoint:
     return Checkpoint(run, path, state)
 
 
-def restore(path: Path) -> tuple[dict[str, Tensor], list[list[Tensor]]]:
+def restore(path: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The optimizer's moments and every rank's random state. (The weights come with `model.load(path / "model")`.)"""
     try:
         moments, random = load_file(path / "optimizer.safetensors"), load_file(path / "random.safetensors")
     except SafetensorError as error:
         raise ValueError(f"{path}: does not open ({error})") from None
-    random_states = {}
-    for name in sorted(random, key=lambda name: [int(part) for part in name.split("/")]):
-        random_states.setdefault(name.split("/")[0], []).append(random[name])
-    return moments, list(random_states.values())
+    return moments, [random[rank] for rank in sorted(random, key=int)]
 
 
 class StopSignal:

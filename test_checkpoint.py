@@ -28,7 +28,7 @@ def engine(layer, optimizer):
 
 def save(run, step, layer, optimizer, write_model=lambda part: part.mkdir()):
     moments = engine(layer, optimizer).moments()
-    checkpoint.save(run, {"step": step, "sampler": {}}, write_model, moments, [[torch.get_rng_state()]])
+    checkpoint.save(run, {"step": step, "sampler": {}}, write_model, moments, [torch.get_rng_state()])
 
 
 def test_moments_and_random_state_come_back_by_name(tmp_path):
@@ -37,7 +37,7 @@ def test_moments_and_random_state_come_back_by_name(tmp_path):
     save(tmp_path, 2, layer, optimizer)
     torch.rand(5)
     fresh = torch.optim.AdamW(layer.parameters(), fused=True)
-    moments, [[restored]] = checkpoint.restore(checkpoint.newest(str(tmp_path)).path)
+    moments, [restored] = checkpoint.restore(checkpoint.newest(str(tmp_path)).path)
     engine(layer, fresh).load_moments(moments)
     assert torch.equal(restored, state)
     for parameter in layer.parameters():

@@ -240,7 +240,7 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
         if args.precision == resumed.state["args"]["precision"]:
             vars(engine.scaling).update(resumed.state["loss_scale"])
         if len(random_states) == ranks.world_size:
-            torch.set_rng_state(random_states[ranks.rank][0])
+            torch.set_rng_state(random_states[ranks.rank])
         else:
             ranks.say(f"{run} had {len(random_states)} ranks, now {ranks.world_size}: all goes on but the dropout masks")
     stop = checkpoint.StopSignal()
@@ -284,7 +284,7 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
             log(step=step, evaluation=held_out_scores(engine.model, tokenizer, sources, args))
         if step % args.save_every == 0 or step == args.steps or stopped:
             state = {"step": step, "args": vars(args), "sampler": batches.state_dict(), "loss_scale": vars(engine.scaling)}
-            moments, random_states = engine.moments(), ranks.all([torch.get_rng_state()])
+            moments, random_states = engine.moments(), ranks.all(torch.get_rng_state())
             with engine.whole():
                 ranks.once(lambda: checkpoint.save(run, state, write_model, moments, random_states))
             del moments
