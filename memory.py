@@ -145,12 +145,13 @@ def kept(micro_batches: Sequence[MicroBatch], tokens: int) -> int:
 
 
 def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch], loss_of: Callable[[Tensor], tuple],
-             back: Callable[[Tensor, bool], None] = lambda scalar, last: scalar.backward(), keep: int = 1) -> tuple:
+             back: Callable[[Tensor, bool], None] = lambda scalar, last: scalar.backward(), keep: int = 1,
+             tidy: Callable[[], None] = lambda: None) -> tuple:
     """Adds dL/dtheta to the parameters' .grad, where (L, ...) = loss_of(embeddings of all texts of the step).
 
     encoder: (input_ids, attention_mask) -> (b, D). loss_of: (M, D), in the order of the texts -> a scalar, and whatever
     else is wanted of the embeddings. back(scalar, last) back-propagates into the parameters. keep: of how many micro-batches,
-    the last ones, the graph of pass 1 is kept.
+    the last ones, the graph of pass 1 is kept. tidy() is called where much lies freed.
     -> what loss_of gave, L detached.
     """
     device = next(encoder.parameters()).device
@@ -169,17 +170,16 @@ def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch], loss_of: C
 
     loss, *more = loss_of(embeddings.requires_grad_())
     loss.backward()  # fills embeddings.grad, the cached gradient G, in fp32
+    tidy()
 
     for c, (index, *micro_batch) in reversed([*enumerate(inputs)]):  # the order, so that no bit of the sum tells what was kept
         part = graphs.pop()
-        again = part is None
-        if again:
+        if part is None:
             torch.manual_seed(seeds[c])
             part = encoder(*micro_batch)
         back((part * embeddings.grad[index]).sum(), c == 0)
         del part
-        if (again or keep == 1) and c % 16 == 0:
-            give_back_freed_memory()
+        tidy()
     torch.set_rng_state(after)
     return loss.detach(), *more
 
@@ -194,7 +194,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """To the system, under glibc, which keeps it in pieces: with tensors of ever new shapes, 3 MB a micro-batch."""
+    """To the system, under glibc, which keeps it in pieces: with tensors of ever new shapes, a few MB more every micro-batch."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -213,16 +213,17 @@ class OneProcess:
     """Plain torch in one process."""
 
     def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float, scaling: LossScale,
-                 keep_tokens: int = 0):
+                 keep_tokens: int = 0, tidy: Callable[[], None] = lambda: None):
         self.model, self.encoder, self.optimizer, self.clip, self.scaling = encoder, encoder, optimizer, clip, scaling
         self.keep_tokens = keep_tokens  # of the micro-batches whose graph is kept between the passes
+        self.tidy = tidy  # see `backward`
         self.parameters = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
 
     def __str__(self) -> str:
         return "one process"
 
     def backward(self, micro_batches: Sequence[MicroBatch], loss_of: Callable[[Tensor], tuple]) -> tuple:
-        return backward(self.model, micro_batches, loss_of, keep=kept(micro_batches, self.keep_tokens))
+        return backward(self.model, micro_batches, loss_of, keep=kept(micro_batches, self.keep_tokens), tidy=self.tidy)
 
     def step(self, lr: float) -> float:
         """One optimizer step, if the gradient is finite -> the gradient's norm before clipping."""
@@ -253,8 +254,8 @@ class Zero(OneProcess):
     gradients too, 3 the parameters too. Same verbs as OneProcess; every call is a collective."""
 
     def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float, scaling: LossScale, ranks: Ranks,
-                 config: dict, keep_tokens: int = 0):
-        super().__init__(encoder, optimizer, clip, scaling, keep_tokens)
+                 config: dict, **passes):
+        super().__init__(encoder, optimizer, clip, scaling, **passes)
         encoder.zero_grad()
         for module in encoder.modules():
             if isinstance(module, nn.Embedding):
@@ -291,7 +292,7 @@ class Zero(OneProcess):
         micro_batches = equalise(micro_batches, max(self.ranks.all(len(micro_batches))))
         # As many passes on every rank. In stage 3 one graph at a time: of several, DeepSpeed would lose gradients.
         keep = 1 if self.stage == 3 else min(self.ranks.all(kept(micro_batches, self.keep_tokens)))
-        return backward(self.model, micro_batches, loss_of, back, keep)
+        return backward(self.model, micro_batches, loss_of, back, keep, self.tidy)
 
     def step(self, lr: float) -> float:
         self.optimizer.param_groups[0]["lr"] = lr
@@ -358,8 +359,9 @@ def read_zero(value: str) -> dict:
 
 
 def engine(encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float, scaling: LossScale, ranks: Ranks,
-           zero: str | None, keep_tokens: int = 0) -> OneProcess:
-    """What takes the steps. zero unset: plain torch in one process, ZeRO stage 2 under a launcher; set: DeepSpeed."""
+           zero: str | None, **passes) -> OneProcess:
+    """What takes the steps. zero unset: plain torch in one process, ZeRO stage 2 under a launcher; set: DeepSpeed. passes:
+    OneProcess's keep_tokens and tidy."""
     if zero is None and not ranks.launched:
-        return OneProcess(encoder, optimizer, clip, scaling, keep_tokens)
-    return Zero(encoder, optimizer, clip, scaling, ranks, read_zero(zero or "2"), keep_tokens)
+        return OneProcess(encoder, optimizer, clip, scaling, **passes)
+    return Zero(encoder, optimizer, clip, scaling, ranks, read_zero(zero or "2"), **passes)

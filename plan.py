@@ -8,6 +8,7 @@ Sizes change what a step costs, never its update, but for rounding and dropout's
 
 import argparse
 import contextlib
+import math
 import os
 import re
 from pathlib import Path
@@ -29,6 +30,12 @@ class Plan(NamedTuple):
     micro_tokens: int
     keep_tokens: int  # of the micro-batches whose graphs are kept
     line: str
+    most: float = math.inf  # bytes that a process on a CPU may hold
+
+    def tidy(self) -> None:
+        """Gives back what lies freed in pieces, where it is so much that the process holds more than it may."""
+        if held(torch.device("cpu")) > self.most:
+            give_back_freed_memory()
 
 
 def held(device: torch.device, peak: bool = False) -> int:
@@ -111,7 +118,7 @@ def plan(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks) -> Plan:
             f"{gb(most)} of {gb(total)}")
     if peak * size > room:
         line += ": MORE THAN THERE IS; a lower --micro-tokens, --batch-size or --max-length, or --checkpoint-layers, helps"
-    return Plan(size, keep, line)
+    return Plan(size, keep, line, max(most, total) if ranks.device.type == "cpu" else math.inf)
 
 
 def out_of_memory(error: RuntimeError, args: argparse.Namespace, device: torch.device) -> str | None:

@@ -146,7 +146,7 @@ def prepare(encoder: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: fl
     args.micro_tokens = plan.micro_tokens
     if plan.keep_tokens:
         memory.keep_freed_memory()
-    engine = memory.engine(encoder, optimizer, clip, scaling, ranks, args.zero, plan.keep_tokens)
+    engine = memory.engine(encoder, optimizer, clip, scaling, ranks, args.zero, keep_tokens=plan.keep_tokens, tidy=plan.tidy)
     ranks.say(f"{size:.1f} M parameters, {str(dtype).removeprefix('torch.')} ({reason}), {engine}")
     ranks.say(plan.line)
     slow = args.precision == "auto" and dtype == torch.float32 and ranks.device.type == "cpu" and args.model == "tiny"
