@@ -119,9 +119,9 @@ def restore(path: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The optimizer's moments and every rank's random state. (The weights come with `model.load(path / "model")`.)"""
     try:
         moments, random = load_file(path / "optimizer.safetensors"), load_file(path / "random.safetensors")
-    except SafetensorError as error:
+        return moments, [random[rank] for rank in sorted(random, key=int)]
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: does not open ({error})") from None
-    return moments, [random[rank] for rank in sorted(random, key=int)]
 
 
 class StopSignal:

@@ -11,8 +11,8 @@ the embeddings E = f(texts; theta), the chain rule splits dL/dtheta at E (Gao et
     pass 1   E_c = f(texts_c; theta) for every micro-batch c                         memory: the embeddings, and the graphs
                                                                                      of the last micro-batches, if there is room
     loss     L(E), G = dL/dE                                                         memory: that, and the loss
-    pass 2   for every c, the last first: back-propagate <E_c, G_c>; where no graph  memory: one micro-batch's graph more than
-             was kept, embed again before                                            what is still kept, which shrinks
+    pass 2   for every c, the last first: back-propagate <E_c, G_c>; where no graph  memory: the kept graphs, which shrink, then
+             was kept, embed again before                                            one micro-batch's graph
 
     dL/dtheta = sum_c (dE_c/dtheta)^T G_c = sum_c d<E_c, G_c>/dtheta  with G_c held constant: exact, no factor anywhere.
 
@@ -35,7 +35,6 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -81,7 +80,8 @@ class LossScale:
 
 
 def mixed_precision(encoder: nn.Module, dtype: torch.dtype) -> LossScale:
-    """Matrix products inside `encoder` in `dtype`; parameters, gradients and optimizer stay fp32.
+    """Matrix products inside `encoder` in `dtype`; parameters, gradients and optimizer stay fp32. A BERT's attention in bf16
+    on a CPU becomes transformers' plain one.
 
     Autocast is entered inside the encoder's own forward, so that whatever wraps the encoder later cannot switch it off. In
     fp16 the gradient is multiplied by S where it enters the encoder and divided by S where it reaches a parameter: the
@@ -91,7 +91,7 @@ def mixed_precision(encoder: nn.Module, dtype: torch.dtype) -> LossScale:
     config = getattr(getattr(encoder, "backbone", None), "config", None)
     if dtype == torch.bfloat16 and device.type == "cpu" and getattr(config, "_attn_implementation", None) == "sdpa" \
             and config.max_position_embeddings <= 1024:  # T x T logits that are small enough to be made
-        # The fused kernel's bf16 backward on a CPU is slow: 32 texts of 128 tokens take MiniLM 619 ms with it, 343 without (AMX).
+        # The fused kernel's bf16 backward is slow there: MiniLM takes 619 ms for 32 x 128 tokens with it, 343 without (AMX).
         encoder.backbone.set_attn_implementation("eager")
 
     def autocast_forward(*inputs: Tensor) -> Tensor:
@@ -137,13 +137,6 @@ def equalise(micro_batches: Sequence[MicroBatch], count: int) -> list[MicroBatch
     return micro_batches
 
 
-def kept(micro_batches: Sequence[MicroBatch], tokens: int) -> int:
-    """How many of the last micro-batches have `tokens` tokens together at most, padding included. One at least, for pass 2
-    needs the room of one graph anyway."""
-    sizes = accumulate(micro_batch.input_ids.numel() for micro_batch in reversed(micro_batches))
-    return max(1, sum(size <= tokens for size in sizes))
-
-
 def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch], loss_of: Callable[[Tensor], tuple],
              back: Callable[[Tensor, bool], None] = lambda scalar, last: scalar.backward(), keep: int = 1,
              tidy: Callable[[], None] = lambda: None) -> tuple:
@@ -172,7 +165,7 @@ def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch], loss_of: C
     loss.backward()  # fills embeddings.grad, the cached gradient G, in fp32
     tidy()
 
-    for c, (index, *micro_batch) in reversed([*enumerate(inputs)]):  # the order, so that no bit of the sum tells what was kept
+    for c, (index, *micro_batch) in reversed([*enumerate(inputs)]):  # whatever was kept, the sum is the same to the last bit
         part = graphs.pop()
         if part is None:
             torch.manual_seed(seeds[c])
@@ -194,14 +187,14 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """To the system, under glibc, which keeps it in pieces: with tensors of ever new shapes, a few MB more every micro-batch."""
+    """To the system, under glibc, which keeps it in pieces: with tensors of ever new shapes, a few MB more a micro-batch."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def sparse_gradients(encoder: nn.Module) -> None:
-    """Of the embeddings, on a CPU: a micro-batch adds to the rows of its own tokens. A dense gradient is made of as many zeros as
-    the vocabulary times the width and added as a whole, by every micro-batch: up to an eighth of a step's time."""
+    """Of the embeddings, on a CPU in plain torch: a micro-batch adds to the rows of its own tokens. A dense gradient is made of
+    as many zeros as the vocabulary times the width and added as a whole, by every micro-batch: up to an eighth of a step."""
     for module in encoder.modules():
         if isinstance(module, nn.Embedding) and module.weight.requires_grad and module.weight.device.type == "cpu":
             module.sparse, module.weight.grad = True, torch.zeros_like(module.weight)  # into which autograd adds in place
@@ -213,17 +206,17 @@ class OneProcess:
     """Plain torch in one process."""
 
     def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float, scaling: LossScale,
-                 keep_tokens: int = 0, tidy: Callable[[], None] = lambda: None):
+                 kept: Callable[[Sequence[MicroBatch]], int] = lambda micro_batches: 1,
+                 tidy: Callable[[], None] = lambda: None):
         self.model, self.encoder, self.optimizer, self.clip, self.scaling = encoder, encoder, optimizer, clip, scaling
-        self.keep_tokens = keep_tokens  # of the micro-batches whose graph is kept between the passes
-        self.tidy = tidy  # see `backward`
+        self.kept, self.tidy = kept, tidy  # of how many micro-batches the graph is kept; see `backward`
         self.parameters = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
 
     def __str__(self) -> str:
         return "one process"
 
     def backward(self, micro_batches: Sequence[MicroBatch], loss_of: Callable[[Tensor], tuple]) -> tuple:
-        return backward(self.model, micro_batches, loss_of, keep=kept(micro_batches, self.keep_tokens), tidy=self.tidy)
+        return backward(self.model, micro_batches, loss_of, keep=self.kept(micro_batches), tidy=self.tidy)
 
     def step(self, lr: float) -> float:
         """One optimizer step, if the gradient is finite -> the gradient's norm before clipping."""
@@ -257,9 +250,6 @@ class Zero(OneProcess):
                  config: dict, **passes):
         super().__init__(encoder, optimizer, clip, scaling, **passes)
         encoder.zero_grad()
-        for module in encoder.modules():
-            if isinstance(module, nn.Embedding):
-                module.sparse = False  # its reductions want dense gradients
         if not dist.is_initialized():  # one process without a launcher
             os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
             ranks.join(dist.HashStore())
@@ -291,7 +281,7 @@ class Zero(OneProcess):
 
         micro_batches = equalise(micro_batches, max(self.ranks.all(len(micro_batches))))
         # As many passes on every rank. In stage 3 one graph at a time: of several, DeepSpeed would lose gradients.
-        keep = 1 if self.stage == 3 else min(self.ranks.all(kept(micro_batches, self.keep_tokens)))
+        keep = 1 if self.stage == 3 else min(self.ranks.all(self.kept(micro_batches)))
         return backward(self.model, micro_batches, loss_of, back, keep, self.tidy)
 
     def step(self, lr: float) -> float:
@@ -361,7 +351,7 @@ def read_zero(value: str) -> dict:
 def engine(encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float, scaling: LossScale, ranks: Ranks,
            zero: str | None, **passes) -> OneProcess:
     """What takes the steps. zero unset: plain torch in one process, ZeRO stage 2 under a launcher; set: DeepSpeed. passes:
-    OneProcess's keep_tokens and tidy."""
+    OneProcess's kept and tidy."""
     if zero is None and not ranks.launched:
         return OneProcess(encoder, optimizer, clip, scaling, **passes)
     return Zero(encoder, optimizer, clip, scaling, ranks, read_zero(zero or "2"), **passes)

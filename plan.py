@@ -11,18 +11,21 @@ import contextlib
 import math
 import os
 import re
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from data import MicroBatch
 from memory import give_back_freed_memory, read_zero
 from ranks import Ranks
 
-# Ours. Beyond these, passes are no faster. On a CPU they are even slower: larger tensors come from the system page by page
-# each time, so that a step of tiny takes 1.12 times as long at 8,192. On a GPU not measured.
+# Ours. On a CPU larger passes are no faster: a step of tiny takes 1.12 times as long at 8,192. On a GPU not measured.
 TOKENS = {"cpu": 2048, "cuda": 32768}
+MEASURED = {"cpu": 512, "cuda": 8192}  # tokens of the micro-batch that tells what one costs
 SHARE = {"cpu": 0.5, "cuda": 0.8}  # Ours: of the free memory, where --memory is not given; on a CPU others want some too
 
 
@@ -31,6 +34,13 @@ class Plan(NamedTuple):
     keep_tokens: int  # of the micro-batches whose graphs are kept
     line: str
     most: float = math.inf  # bytes that a process on a CPU may hold
+    least: int = 0  # tokens that a graph counts for even if it has fewer
+
+    def kept(self, micro_batches: Sequence[MicroBatch]) -> int:
+        """Of how many of the last micro-batches the graph is kept: keep_tokens together at most, padding included. One at
+        least, for pass 2 needs the room of one graph anyway."""
+        sizes = accumulate(max(self.least, micro_batch.input_ids.numel()) for micro_batch in reversed(micro_batches))
+        return max(1, sum(size <= self.keep_tokens for size in sizes))
 
     def tidy(self) -> None:
         """Gives back what lies freed in pieces, where it is so much that the process holds more than it may."""
@@ -43,7 +53,8 @@ def held(device: torch.device, peak: bool = False) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
     status = Path("/proc/self/status")
-    return 1024 * int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
+    found = re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", status.read_text() if status.exists() else "")
+    return 1024 * int(found[1]) if found else 0
 
 
 def forget_peak(device: torch.device) -> None:
@@ -60,17 +71,19 @@ def free(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     room = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    limit, used, kinds = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current", "stat"))
     if limit.exists() and limit.read_text().strip() != "max":
-        room = min(room, int(limit.read_text()) - int(used.read_text()))
+        cached = re.search(r"^inactive_file (\d+)", kinds.read_text(), re.MULTILINE)  # of files, given up when needed
+        room = min(room, int(limit.read_text()) - int(used.read_text()) + int(cached[1] if cached else 0))
     return room // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def cost(encoder: nn.Module, max_length: int, device: torch.device) -> tuple[float, float]:
-    """Bytes a token, measured on one micro-batch of texts of max_length: what its graph holds between forward and backward
-    pass, and the peak of both passes. Leaves gradients of zeros, and dropout's random state as it was."""
+    """Bytes a token, measured on one micro-batch of MEASURED tokens: what its graph holds between forward and backward pass
+    (in 16 bits also a copy of the weights), and the peak of both passes. Leaves gradients of zeros, and dropout's random state
+    as it was."""
     state, config = torch.get_rng_state(), encoder.backbone.config
-    ids = torch.randint(config.vocab_size, (-(-512 // max_length), max_length), device=device)
+    ids = torch.randint(config.vocab_size, (-(-MEASURED[device.type] // max_length), max_length), device=device)
     for _ in range(2):  # the first makes the gradients, and loads kernels
         give_back_freed_memory()
         before = held(device)
@@ -98,9 +111,11 @@ def plan(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks) -> Plan:
     now = held(ranks.device)
     total = args.memory * 1e9 if args.memory else now + SHARE[ranks.device.type] * free(ranks.device)
     # AdamW's moments; DeepSpeed's stages 1 to 3 share them, and a copy of the parameters, and hold buckets to reduce
-    parameters = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     plain = args.zero is None and not ranks.launched
-    optimizer = 8 * parameters if plain else 12 * parameters / ranks.world_size + 4e8
+    zero = {"stage": 0, "reduce_bucket_size": 0} if plain else read_zero(args.zero or "2")["zero_optimization"]
+    parameters = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    optimizer = 12 * parameters / ranks.world_size if zero["stage"] else 8 * parameters
+    optimizer += 8 * zero.get("reduce_bucket_size", 5e8)  # DeepSpeed's default
     # embeddings, unit rows, the columns of all ranks, and their gradients; tiles
     texts = args.batch_size // ranks.world_size * (2 + (args.negatives if args.stage == 3 else 0))
     loss = 4 * encoder.backbone.config.hidden_size * texts * (4 + 4 * ranks.world_size) + 1e8
@@ -109,16 +124,19 @@ def plan(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks) -> Plan:
     while not chosen and size > args.max_length and peak * size > room:
         size = max(args.max_length, size // 2)
     keep = int(min(max(0, (room - (peak - graph) * size) / graph), texts * args.max_length))
-    if keep < size or not plain and read_zero(args.zero or "2")["zero_optimization"]["stage"] == 3:
+    config = encoder.backbone.config
+    untold = graph < 2 * config.num_hidden_layers * config.hidden_size  # another malloc, which gives nothing back
+    if keep < size or zero["stage"] == 3 or untold:
         keep = 0  # one graph is kept anyway; for stage 3 see Zero.backward
     most = now + optimizer + loss + max(keep * graph + (peak - graph) * size, peak * size)
     gb = lambda x: f"{x / 1e9:.2f}"
     line = (f"memory in GB: {gb(now)} the process with parameters and gradients, {gb(optimizer)} optimizer, {gb(loss)} loss, "
-            f"{gb(1000 * graph)} activations per 1,000 tokens; {size:,} tokens a pass, activations kept of up to {keep:,}; at most "
-            f"{gb(most)} of {gb(total)}")
+            f"{gb(1000 * graph)} activations per 1,000 tokens; {size:,} tokens a pass, the graphs of {keep:,} kept; about "
+            f"{gb(most)} of at most {gb(total)}")
     if peak * size > room:
         line += ": MORE THAN THERE IS; a lower --micro-tokens, --batch-size or --max-length, or --checkpoint-layers, helps"
-    return Plan(size, keep, line, max(most, total) if ranks.device.type == "cpu" else math.inf)
+    most = max(most, total) if ranks.device.type == "cpu" else math.inf
+    return Plan(size, keep, line, most, least=MEASURED[ranks.device.type])
 
 
 def out_of_memory(error: RuntimeError, args: argparse.Namespace, device: torch.device) -> str | None:
@@ -126,7 +144,7 @@ def out_of_memory(error: RuntimeError, args: argparse.Namespace, device: torch.d
     if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
         return None
     most = held(device, peak=True) / 1e9
-    ways = [f"--memory {0.8 * most:.2g} keeps fewer activations"] * (most > 0)
+    ways = [f"--memory {0.8 * min(most, args.memory or most):.2g} keeps fewer activations"] * (most > 0)
     if isinstance(args.micro_tokens, int) and args.micro_tokens > args.max_length:
         ways.append(f"--micro-tokens {max(args.max_length, args.micro_tokens // 2)} makes the passes smaller")
     if not args.checkpoint_layers:

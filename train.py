@@ -35,6 +35,10 @@ LR_PRETRAINED = 2e-5  # Nomic Embed's; for random weights ours, 1 / width: 3.9e-
 CHECK_ROWS, CHECK_LR = 32, 1024.0  # of --check: few rows, and a step beside which the weights' own rounding is nothing
 
 
+def whole_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def parse_arguments(argv: list[str] | None, ranks: Ranks) -> tuple[argparse.Namespace, checkpoint.Checkpoint | None]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("losses.py (§5.1, §5.2)").add_argument
@@ -53,8 +57,9 @@ def parse_arguments(argv: list[str] | None, ranks: Ranks) -> tuple[argparse.Name
     add("--memory", type=float, metavar="GB", help="what a process (on a GPU: its tensors) may hold, about: the more, the fewer "
                                                   "texts are embedded twice; unset: what it has, and half of what is "
                                                   "free (on a GPU 0.8 of it; ours)")
-    add("--micro-tokens", type=lambda x: x if x == "auto" else int(x), default="auto",
-        help="bound on the tokens of one forward pass, with padding; auto: as many as make it fast and fit (ours)")
+    add("--micro-tokens", type=whole_or_auto, default="auto",
+        help="bound on the tokens of one forward pass, with padding; auto: as many as make it fast and fit (ours); a resumed "
+             "run goes on with what was chosen")
     add("--checkpoint-layers", action="store_true", help="keep the layers' inputs only (the paper's; off: ours)")
     add("--zero", metavar="STAGE", help="DeepSpeed ZeRO stage 0, 1, 2 or 3, or a DeepSpeed JSON file that names one; unset: "
                                         "plain torch in one process, stage 2 (Jina Embeddings v1's) under a launcher")
@@ -141,12 +146,13 @@ def prepare(encoder: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: fl
     scaling = memory.mixed_precision(encoder, dtype)
     if args.checkpoint_layers:
         memory.checkpoint_layers(encoder)
-    memory.sparse_gradients(encoder)
+    if args.zero is None and not ranks.launched:
+        memory.sparse_gradients(encoder)
     plan = plan_memory(encoder, args, ranks)
     args.micro_tokens = plan.micro_tokens
-    if plan.keep_tokens:
+    if plan.keep_tokens and ranks.device.type == "cpu":
         memory.keep_freed_memory()
-    engine = memory.engine(encoder, optimizer, clip, scaling, ranks, args.zero, keep_tokens=plan.keep_tokens, tidy=plan.tidy)
+    engine = memory.engine(encoder, optimizer, clip, scaling, ranks, args.zero, kept=plan.kept, tidy=plan.tidy)
     ranks.say(f"{size:.1f} M parameters, {str(dtype).removeprefix('torch.')} ({reason}), {engine}")
     ranks.say(plan.line)
     slow = args.precision == "auto" and dtype == torch.float32 and ranks.device.type == "cpu" and args.model == "tiny"

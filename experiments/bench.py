@@ -3,7 +3,7 @@
     pip install -r requirements-bench.txt
     python -m experiments.bench                                    batches of 512 and 4,096 pairs, and of 256 rows in stage 3
     python -m experiments.bench --models small --batch-sizes 512 --stages 2
-    python -m experiments.bench --passes                           ours alone: what the second pass costs
+    python -m experiments.bench --passes --models minilm --batch-sizes 256     ours alone: what the second pass costs
 
 A cell is a process of its own: it opens the model, takes a small step to warm up and then one or more whole steps, from texts
 to optimizer, at learning rate 0 and without dropout, so that every step of every cell has the same loss to show for it. Ours
@@ -41,6 +41,7 @@ from ranks import Ranks
 
 SOURCE, TAU, NEGATIVES = "summary_body", 0.05, 15
 CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 CHOICES = [(precision, mini) for precision in ("fp32", "bf16") for mini in (32, 64)]  # theirs
 OURS = {"best": "auto", "fp32": "fp32"}  # --precision
 CHOSEN_AT = 512  # rows at which theirs are chosen, or fewer where the batch is smaller
@@ -192,7 +193,7 @@ class Theirs:
 
 def matrix_rate(dtype: torch.dtype, size: int = 4096 if CUDA else 2048) -> float:
     """Operations a second of square matrix products, the median of five."""
-    a, times = torch.randn(size, size, device="cuda" if CUDA else "cpu").to(dtype), []
+    a, times = torch.randn(size, size, device=DEVICE).to(dtype), []
     for _ in range(6):
         start = clock()
         a @ a
@@ -200,24 +201,26 @@ def matrix_rate(dtype: torch.dtype, size: int = 4096 if CUDA else 2048) -> float
     return 2 * size**3 / median(times[1:])
 
 
+def no_room(cell: Cell) -> dict:
+    return {**cell._asdict(), "loss": math.nan, "seconds": [math.inf], "peak": math.inf, "tokens": 0, "padding": 0, "spent": {}}
+
+
 def measure(cell: Cell, steps: int, out: Path) -> dict:
     path = directory(cell.model, out)
     rows = rows_of(cell.batch_size, NEGATIVES if cell.stage == 3 else 0)
     try:
         side = {"ours": Ours, "theirs": Theirs, "one pass": OnePass, "printed": OnePass}[cell.side](cell, path)
+        plan.forget_peak(DEVICE)
         side.step(rows[: max(2, WARM_TEXTS // (2 + len(rows[0].negatives)))])
         seconds = []
         for _ in range(steps):
             start = clock()
             loss = side.step(rows)
             seconds.append(clock() - start)
-    except torch.OutOfMemoryError:  # a GPU's; on a CPU the system ends the process
-        return {**cell._asdict(), "loss": math.nan, "seconds": [math.inf], "peak": math.inf, "of_rate": math.nan}
-    if CUDA:
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    return {**cell._asdict(), "loss": loss, "seconds": seconds, "peak": peak, **side.more(rows, median(seconds))}
+    except torch.OutOfMemoryError:  # a GPU's
+        return no_room(cell)
+    found = {**cell._asdict(), "loss": loss, "seconds": seconds, "peak": plan.held(DEVICE, peak=True)}
+    return found | side.more(rows, median(seconds))
 
 
 # the cells of a run
@@ -230,8 +233,10 @@ def run(cell: Cell, args: argparse.Namespace) -> dict:
         steps = args.steps or (1 if cell.batch_size > CHOSEN_AT else 3)
         command = [sys.executable, "-m", "experiments.bench", "--cell", json.dumps(cell), "--steps", str(steps),
                    "--out", args.out]
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode not in (0, -9):  # -9: killed, as by a system without memory
+            raise SystemExit(f"this cell ended with status {done.returncode}")
+        found = no_room(cell) if done.returncode else json.loads(done.stdout.splitlines()[-1])
         print(f"{cell.batch_size / median(found['seconds']):.1f} pairs/s", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".part").write_text(json.dumps(found))
@@ -255,12 +260,12 @@ def compare(name: str, stage: int, batch_size: int, precision: str, args: argpar
         found["theirs"].append(cell("theirs", stage, batch_size, *chosen, turn))
     loss = {side: median(one["loss"] for one in cells) for side, cells in found.items()}
     off = abs(loss["ours"] / (2 * loss["theirs"]) - 1)
-    if not off < NEAR["bf16" if precision == "best" else "fp32"]:
+    peak = {side: max(one["peak"] for one in cells) for side, cells in found.items()}
+    if math.inf not in peak.values() and not off < NEAR["bf16" if precision == "best" else "fp32"]:
         raise SystemExit(f"{name}, stage {stage}, batch {batch_size}: losses {loss}; ours is not twice theirs, so the two do "
                          f"not compute the same, and no time is reported")
     speed = {side: pairs_per_second(cells) for side, cells in found.items()}
-    by_turn = [pairs_per_second([a]) / pairs_per_second([b]) for a, b in zip(found["ours"], found["theirs"])]
-    peak = {side: max(one["peak"] for one in cells) for side, cells in found.items()}
+    by_turn = [median(b["seconds"]) / median(a["seconds"]) for a, b in zip(found["ours"], found["theirs"])]
     return {"model": name, "stage": stage, "batch_size": batch_size, "precision": precision, "flags": args.flags,
             "theirs": chosen, "speed": speed, "ratio": median(by_turn), "ratios": by_turn, "peak": peak, "losses": loss,
             "ours": found["ours"][0]}
@@ -268,8 +273,9 @@ def compare(name: str, stage: int, batch_size: int, precision: str, args: argpar
 
 def passes(name: str, batch_size: int, args: argparse.Namespace) -> dict:
     """Ours, in turn: in one pass with the loss as printed, and in tiles; in two passes with as many graphs kept as there is
-    room for, with one, and with one of checkpointed layers."""
-    one = f"--memory 0.01 --micro-tokens {max(args.max_length, plan.TOKENS['cuda' if CUDA else 'cpu'])}"
+    room for, with one, and with one of checkpointed layers. Times are relative to one pass, or where it has no room to the
+    third."""
+    one = f"--memory 0.01 --micro-tokens {max(args.max_length, plan.TOKENS[DEVICE.type])}"
     kinds = {"one pass, loss as printed": ("printed", ""), "one pass": ("one pass", ""), "graphs kept": ("ours", args.flags),
              "one graph kept": ("ours", one), "and its layers checkpointed": ("ours", one + " --checkpoint-layers")}
     found = {kind: [] for kind in kinds}
@@ -278,15 +284,16 @@ def passes(name: str, batch_size: int, args: argparse.Namespace) -> dict:
             cell = Cell(side, name, 2, batch_size, OURS[args.precisions[0]], args.max_length, flags, turn)
             found[kind].append(run(cell, args))
     seconds = {kind: [median(one["seconds"]) for one in cells] for kind, cells in found.items()}
+    first = next(kind for kind in ("one pass", "graphs kept") if math.inf not in seconds[kind])
     return {"model": name, "batch_size": batch_size, "kinds": {kind: {
-        "ratio": median(a / b for a, b in zip(seconds[kind], seconds["one pass"])), "peak": max(c["peak"] for c in cells),
-        "of_rate": median(c.get("of_rate", math.nan) for c in cells)} for kind, cells in found.items()}}
+        "ratio": median(a / b for a, b in zip(seconds[kind], seconds[first])), "peak": max(c["peak"] for c in cells),
+        "of_rate": cells[0].get("of_rate")} for kind, cells in found.items()}}
 
 
 def table_of_passes(rows: list[dict]) -> str:
     lines = [("model", "pairs", "", "time", "GB", "of matrix rate"), ("---",) * 6]
     lines += [(row["model"], row["batch_size"], kind, f"{found['ratio']:.2f}", f"{found['peak'] / 1e9:.2f}",
-               f"{found['of_rate']:.0%}") for row in rows for kind, found in row["kinds"].items()]
+               f"{found['of_rate']:.0%}" if found["of_rate"] else "") for row in rows for kind, found in row["kinds"].items()]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 

@@ -35,6 +35,7 @@ import losses
 import memory
 import model
 import train
+from plan import Plan
 from ranks import Gather, Ranks
 
 K, N, TAU, STEPS, LR = 8, 2, 0.05, 3, 0.1  # K rows over all ranks, N negatives a row
@@ -129,7 +130,8 @@ def update(cell: Cell, ranks: Ranks, config: str) -> torch.Tensor:
                               max_length=12, micro_tokens="auto", memory=None)
     engine = train.prepare(encoder, optimizer, 0.0 if cell.optimizer == "sgd" else CLIP, args, ranks)
     size = {"one": K * (2 + N), "unequal": 3 * (1 + ranks.rank)}.get(cell.micro, 3)
-    engine.keep_tokens = K * (2 + N) * 4 // ranks.world_size if cell.micro in ("kept", "unequal") else 0  # about half
+    keep_tokens = K * (2 + N) * 4 // ranks.world_size if cell.micro in ("kept", "unequal") else 0
+    engine.kept = Plan(size, keep_tokens, line="").kept
     for step in range(STEPS):
         texts = texts_of(step, cell.stage, ranks.rank, ranks.world_size)
         loss_of = partial(train.step_loss, place=torch.arange(len(texts)), args=args, ranks=ranks)
