@@ -161,6 +161,8 @@ def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch], loss_of: C
         graphs.append(part if part.requires_grad else None)
         del part
 
+    if keep < len(inputs):
+        give_back_freed_memory()  # the loss wants other sizes
     loss, *more = loss_of(embeddings.requires_grad_())
     loss.backward()  # fills embeddings.grad, the cached gradient G, in fp32
     tidy()

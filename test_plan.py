@@ -48,9 +48,9 @@ def test_less_room_makes_smaller_passes_and_then_says_so(monkeypatch):
 
 def test_no_more_is_kept_than_a_step_can_have(monkeypatch):
     """1,000 pairs of at most 100 tokens a text; in stage 3 17 texts a row. ZeRO 3 keeps nothing."""
-    assert planned(monkeypatch, 1, 2, memory=9).keep_tokens == 2 * 1000 * 100
-    assert planned(monkeypatch, 1, 2, memory=9, stage=3).keep_tokens == 17 * 1000 * 100
-    assert planned(monkeypatch, 1, 2, memory=9, zero="3").keep_tokens == 0
+    assert planned(monkeypatch, 1e3, 2e3, memory=9).keep_tokens == 2 * 1000 * 100
+    assert planned(monkeypatch, 1e3, 2e3, memory=9, stage=3).keep_tokens == 17 * 1000 * 100
+    assert planned(monkeypatch, 1e3, 2e3, memory=9, zero="3").keep_tokens == 0
 
 
 def test_the_last_micro_batches_are_kept_as_far_as_there_is_room():
