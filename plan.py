@@ -125,7 +125,7 @@ def plan(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks) -> Plan:
         size = max(args.max_length, size // 2)
     keep = int(min(max(0, (room - (peak - graph) * size) / graph), texts * args.max_length))
     config = encoder.backbone.config
-    untold = graph < 2 * config.num_hidden_layers * config.hidden_size  # another malloc, which gives nothing back
+    untold = graph < 2 * config.num_hidden_layers * config.hidden_size  # half of their inputs: a malloc that gives nothing back
     if keep < size or zero["stage"] == 3 or untold:
         keep = 0  # one graph is kept anyway; for stage 3 see Zero.backward
     most = now + optimizer + loss + max(keep * graph + (peak - graph) * size, peak * size)
