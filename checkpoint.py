@@ -101,7 +101,8 @@ def newest(out: str | None) -> Checkpoint:
     run = Path(out or Path("runs", max(numbered(), key=int, default="")))
     found = complete(run)
     if not found:
-        raise FileNotFoundError(f"--resume: {run} holds no complete checkpoint; remove it, or begin in another --out")
+        raise FileNotFoundError(f"--resume: {run} holds no complete checkpoint; --out says which run is meant, and without "
+                                f"--resume a new one begins")
     path, advice = found[-1], "remove that folder to go on from the checkpoint before it"
     try:
         state = json.loads((path / "state.json").read_text())

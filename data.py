@@ -304,7 +304,8 @@ def micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: in
 
     Ours: sorted by length (their order is free), the longest first so that memory peaks at once, and cut early where
     more than 1/20 of a micro-batch would be padding. All in one if that fits and is the cheaper: one pass over P padded tokens
-    costs 3 P (backward is twice forward), two passes over T tokens 4 T. A single text may exceed the bound.
+    costs 3 P (backward is twice forward), two passes over T tokens 4 T where no graph is kept. A single text may exceed the
+    bound.
     """
     if not 3 <= max_length <= tokenizer.model_max_length:  # [CLS], one token, [SEP]
         raise ValueError(f"--max-length {max_length}: expected 3 to {tokenizer.model_max_length} tokens for this model")

@@ -162,7 +162,7 @@ def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch], loss_of: C
         del part
 
     if keep < len(inputs):
-        give_back_freed_memory()  # the loss wants other sizes
+        give_back_freed_memory()  # also where it is kept for the passes: the loss wants other sizes
     loss, *more = loss_of(embeddings.requires_grad_())
     loss.backward()  # fills embeddings.grad, the cached gradient G, in fp32
     tidy()
@@ -260,7 +260,11 @@ class Zero(OneProcess):
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        import deepspeed
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise ValueError(f"--zero, and a launcher, need DeepSpeed, which does not open here ({error}); one process without "
+                             f"--zero does not") from None
         deepspeed.utils.logger.setLevel("ERROR")
         self.ranks, self.stage = ranks, config["zero_optimization"]["stage"]
         # gradient_accumulation_steps: the engine would divide by it, and our passes are parts of one sum. Precision is
@@ -347,6 +351,10 @@ def read_zero(value: str) -> dict:
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
         raise ValueError(f'--zero {value}: expected {{"zero_optimization": {{"stage": 0 .. 3, ...}}, ...}}')
+    for field, found in zero.items():
+        if isinstance(found, str):
+            raise ValueError(f'--zero {value}: field "{field}": found "{found}", expected a number, true or false ("auto" is for '
+                             f"transformers' Trainer; leave it out)")
     return config
 
 

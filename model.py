@@ -93,7 +93,7 @@ def attend_texts(q: Tensor, k: Tensor, v: Tensor, ramp: Tensor, lengths: list[in
     With keys and values back to front, j' = n-1 - j, which the softmax does not mind, the bias is -slope_h |i + j' - (n-1)|:
     a view, stride 1 both ways, of ramp (H, 2T-1), -slope_h |x| for x = 1-T .. T-1. The fused kernel reads it in place.
     """
-    T, texts = q.shape[2], []
+    T, texts = q.shape[2], [q[:0]]  # as cat wants one even of an empty batch
     for q, k, v, n in zip(q.split(1), k.flip(2).split(1), v.flip(2).split(1), lengths):
         bias = ramp.as_strided((1, len(ramp), n, n), (0, 2 * T - 1, 1, 1), T - n)
         text = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, T - n :], v[:, :, T - n :], attn_mask=bias)

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -31,10 +31,10 @@ SHARE = {"cpu": 0.5, "cuda": 0.8}  # Ours: of the free memory, where --memory is
 
 class Plan(NamedTuple):
     micro_tokens: int
-    keep_tokens: int  # of the micro-batches whose graphs are kept
+    keep_tokens: int  # room for the graphs of so many
     line: str
     most: float = math.inf  # bytes that a process on a CPU may hold
-    least: int = 0  # tokens that a graph counts for even if it has fewer
+    least: int = 0  # tokens that a graph counts for even if it has fewer: some of it, as a copy of the weights, is not by token
 
     def kept(self, micro_batches: Sequence[MicroBatch]) -> int:
         """Of how many of the last micro-batches the graph is kept: keep_tokens together at most, padding included. One at
@@ -71,11 +71,20 @@ def free(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     room = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    limit, used, kinds = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current", "stat"))
-    if limit.exists() and limit.read_text().strip() != "max":
-        cached = re.search(r"^inactive_file (\d+)", kinds.read_text(), re.MULTILINE)  # of files, given up when needed
-        room = min(room, int(limit.read_text()) - int(used.read_text()) + int(cached[1] if cached else 0))
-    return room // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1)  # torchrun's name, and deepspeed's
+    return min([room, *below_limits()]) // int(processes)
+
+
+def below_limits(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """What the control groups that this process is in (a container, a job of Slurm) leave of their limits, in bytes."""
+    versions = {"": ("memory.max", "memory.current", "inactive_file"),
+                "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
+    for kind, group in re.findall(r"^\d+:(|memory):/(.*)$", own.read_text(), re.MULTILINE):
+        limit, used, files = versions[kind]
+        for folder in (root / kind / group, *(root / kind / group).parents):
+            if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
+                cached = re.search(rf"^{files} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+                yield int(most) - int((folder / used).read_text()) + int(cached[1] if cached else 0)  # given up when needed
 
 
 def cost(encoder: nn.Module, max_length: int, device: torch.device) -> tuple[float, float]:
@@ -84,11 +93,13 @@ def cost(encoder: nn.Module, max_length: int, device: torch.device) -> tuple[flo
     as it was."""
     state, config = torch.get_rng_state(), encoder.backbone.config
     ids = torch.randint(config.vocab_size, (-(-MEASURED[device.type] // max_length), max_length), device=device)
+    mask = torch.ones_like(ids)
+    mask[:, -1] = 0  # with padding ALiBi's bias is another one for every text
     for _ in range(2):  # the first makes the gradients, and loads kernels
         give_back_freed_memory()
         before = held(device)
         forget_peak(device)
-        embeddings = encoder(ids, torch.ones_like(ids))
+        embeddings = encoder(ids, mask)
         give_back_freed_memory()
         graph = held(device) - before
         embeddings.sum().backward()
@@ -117,31 +128,34 @@ def plan(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks) -> Plan:
     optimizer = 12 * parameters / ranks.world_size if zero["stage"] else 8 * parameters
     optimizer += 8 * zero.get("reduce_bucket_size", 5e8)  # DeepSpeed's default
     # embeddings, unit rows, the columns of all ranks, and their gradients; tiles
-    texts = args.batch_size // ranks.world_size * (2 + (args.negatives if args.stage == 3 else 0))
+    texts = args.batch_size // ranks.world_size * (2 + args.negatives)
     loss = 4 * encoder.backbone.config.hidden_size * texts * (4 + 4 * ranks.world_size) + 1e8
     room = min(ranks.all(total - now - optimizer - loss))
     size = chosen or default
     while not chosen and size > args.max_length and peak * size > room:
         size = max(args.max_length, size // 2)
-    keep = int(min(max(0, (room - (peak - graph) * size) / graph), texts * args.max_length))
+    fits = int(max(0, (room - (peak - graph) * size) / graph))
     config = encoder.backbone.config
     untold = graph < 2 * config.num_hidden_layers * config.hidden_size  # half of their inputs: a malloc that gives nothing back
-    if keep < size or zero["stage"] == 3 or untold:
-        keep = 0  # one graph is kept anyway; for stage 3 see Zero.backward
-    most = now + optimizer + loss + max(keep * graph + (peak - graph) * size, peak * size)
+    if fits < size or zero["stage"] == 3 or untold:
+        fits = 0  # one graph is kept anyway; for stage 3 see Zero.backward
+    keep = min(fits, texts * args.max_length)
+    needed = now + optimizer + loss + max(keep * graph + (peak - graph) * size, peak * size)
     gb = lambda x: f"{x / 1e9:.2f}"
     line = (f"memory in GB: {gb(now)} the process with parameters and gradients, {gb(optimizer)} optimizer, {gb(loss)} loss, "
             f"{gb(1000 * graph)} activations per 1,000 tokens; {size:,} tokens a pass, the graphs of {keep:,} kept; about "
-            f"{gb(most)} of at most {gb(total)}")
+            f"{gb(needed)} of at most {gb(total)}")
     if peak * size > room:
-        line += ": MORE THAN THERE IS; a lower --micro-tokens, --batch-size or --max-length, or --checkpoint-layers, helps"
-    most = max(most, total) if ranks.device.type == "cpu" else math.inf
-    return Plan(size, keep, line, most, least=MEASURED[ranks.device.type])
+        ways = (["a higher --memory"] * bool(args.memory) + ["a lower --micro-tokens"] * (size > args.max_length)
+                + ["--checkpoint-layers"] * (not args.checkpoint_layers) + ["a lower --batch-size or --max-length"])
+        line += f": MORE THAN THERE IS; what helps: {', '.join(ways)}"
+    most = max(needed, total) if ranks.device.type == "cpu" else math.inf
+    return Plan(size, fits, line, most, least=MEASURED[ranks.device.type])
 
 
-def out_of_memory(error: RuntimeError, args: argparse.Namespace, device: torch.device) -> str | None:
+def out_of_memory(error: Exception, args: argparse.Namespace, device: torch.device) -> str | None:
     """What to lower, and to what, if it is memory that ran out; else None. (Linux may also kill a process without a word.)"""
-    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search("allocate memory|ALLOC_FAILED", str(error)):
         return None
     most = held(device, peak=True) / 1e9
     ways = [f"--memory {0.8 * min(most, args.memory or most):.2g} keeps fewer activations"] * (most > 0)
@@ -149,5 +163,6 @@ def out_of_memory(error: RuntimeError, args: argparse.Namespace, device: torch.d
         ways.append(f"--micro-tokens {max(args.max_length, args.micro_tokens // 2)} makes the passes smaller")
     if not args.checkpoint_layers:
         ways.append("--checkpoint-layers keeps only what enters the layers")
-    ways.append(f"--batch-size {args.batch_size // 2} makes the loss smaller")
+    if args.batch_size > 1 and not args.resume:  # a run goes on with its batches
+        ways.append(f"--batch-size {args.batch_size // 2} makes the loss smaller")
     return f"out of memory, with {most:.2f} GB held at most: {'; '.join(ways)}"

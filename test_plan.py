@@ -1,6 +1,7 @@
 """How much memory there is, what a token costs in it, and what is said when it runs out."""
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from test_train import FLAGS, folder  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells its memory")
 CPU = torch.device("cpu")
-ARGS = dict(batch_size=1000, stage=2, negatives=15, max_length=100, micro_tokens="auto", memory=None, zero=None,
+ARGS = dict(batch_size=1000, stage=2, negatives=0, max_length=100, micro_tokens="auto", memory=None, zero=None,
             checkpoint_layers=False)
 
 
@@ -47,10 +48,37 @@ def test_less_room_makes_smaller_passes_and_then_says_so(monkeypatch):
 
 
 def test_no_more_is_kept_than_a_step_can_have(monkeypatch):
-    """1,000 pairs of at most 100 tokens a text; in stage 3 17 texts a row. ZeRO 3 keeps nothing."""
-    assert planned(monkeypatch, 1e3, 2e3, memory=9).keep_tokens == 2 * 1000 * 100
-    assert planned(monkeypatch, 1e3, 2e3, memory=9, stage=3).keep_tokens == 17 * 1000 * 100
+    """1,000 pairs of at most 100 tokens a text; in stage 3 17 texts a row. ZeRO 3 keeps nothing. A step of 2 pairs, 400 tokens,
+    is less than a pass: what fits does not depend on it."""
+    assert "the graphs of 200,000 kept" in planned(monkeypatch, 1e3, 2e3, memory=9).line
+    assert "the graphs of 1,700,000 kept" in planned(monkeypatch, 1e3, 2e3, memory=9, negatives=15).line
+    assert planned(monkeypatch, 1e3, 2e3, memory=9, batch_size=2).keep_tokens > 2048
     assert planned(monkeypatch, 1e3, 2e3, memory=9, zero="3").keep_tokens == 0
+
+
+def test_a_deepspeed_file_says_what_it_sets_aside(monkeypatch, tmp_path):
+    """8 bytes for each of the bucket's numbers; of DeepSpeed's own bucket there are 500 million."""
+    for zero, said in ({"stage": 2, "reduce_bucket_size": 10**8}, " 0.80 optimizer"), ({"stage": 1}, " 4.00 optimizer"):
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+        assert said in planned(monkeypatch, 1e3, 2e3, zero=str(tmp_path / "zero.json")).line
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}')
+    with pytest.raises(ValueError, match='zero.json: field "reduce_bucket_size": found "auto", expected a number'):
+        memory.read_zero(str(tmp_path / "zero.json"))
+
+
+def test_the_limits_of_control_groups_count(tmp_path):
+    """A job of 900 bytes in a container of 1,000; 300 are used, of which 50 are files that may go. In both versions."""
+    for kind, files in (("", ("memory.max", "memory.current", "inactive_file")),
+                        ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))):
+        for folder, limit in (tmp_path / kind, 1000), (tmp_path / kind / "job" / "step", 900):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in zip((*files[:2], "memory.stat"), (limit, 300, f"file 70\n{files[2]} 50\n")):
+                (folder / name).write_text(f"{text}\n")
+        (tmp_path / "own").write_text(f"2:cpu:/\n1:{kind}:/job/step\n")
+        assert list(plan.below_limits(tmp_path / "own", tmp_path)) == [650, 750]
+        (tmp_path / kind / "job" / "step" / files[0]).write_text("max\n")
+    (tmp_path / "own").write_text("0::/job/step\n")
+    assert list(plan.below_limits(tmp_path / "own", tmp_path)) == [750]
 
 
 def test_the_last_micro_batches_are_kept_as_far_as_there_is_room():

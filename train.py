@@ -32,7 +32,8 @@ from ranks import Ranks
 
 VOCABULARY = 30522  # entries of a tokenizer trained here: BERT's number; JinaBERT rounds it up to 30,528 embeddings
 LR_PRETRAINED = 2e-5  # Nomic Embed's; for random weights ours, 1 / width: 3.9e-3 for tiny, where 8e-3 diverges
-CHECK_ROWS, CHECK_LR = 32, 1024.0  # of --check: few rows, and a step beside which the weights' own rounding is nothing
+CHECK_ROWS, CHECK_TOKENS = 32, 16384  # of --check: few rows, for plain fp32 holds the graph of them all
+CHECK_LR = 1024.0  # a step beside which the weights' own rounding is nothing
 
 
 def whole_or_auto(text: str) -> int | str:
@@ -72,7 +73,7 @@ def parse_arguments(argv: list[str] | None, ranks: Ranks) -> tuple[argparse.Name
                                  f"pretrained ones (Nomic Embed's)")
     add("--warmup", type=float, default=0.1, help="share of the steps over which the rate rises linearly; then it falls (ours)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on all parameters (Nomic Embed's)")
-    add("--clip", type=float, default=1.0, help="bound on the gradient norm (Nomic Embed's)")
+    add("--clip", type=float, default=1.0, help="bound on the gradient norm (Nomic Embed's); 0: none")
     add("--seed", type=int, default=0, help="of weights, batches and dropout")
     add("--out", metavar="DIR", help="unset: the next free runs/NNN")
     add("--save-every", type=int, default=20, help="steps from checkpoint to checkpoint (ours)")
@@ -91,17 +92,24 @@ def parse_arguments(argv: list[str] | None, ranks: Ranks) -> tuple[argparse.Name
         if (args.model, args.stage) != (resumed.state["args"]["model"], resumed.state["args"]["stage"]):
             raise ValueError(f"--resume: {resumed.run} has another --model or --stage; --model {resumed.run / 'model'} without "
                              f"--resume begins a new run with its model")
-    above_0 = "batch_size", "memory", "steps", "save_every", "eval_every", "negatives", "tau", "clip", "lr"
+    above_0 = "batch_size", "memory", "steps", "save_every", "eval_every", "tau", "lr"
     for flags, good, expected in ((above_0, lambda x: 0 < x < math.inf, "a number above 0"),
-                                  (("seed", "weight_decay"), lambda x: 0 <= x < math.inf, "0 or more"),
+                                  (("seed", "weight_decay", "clip"), lambda x: 0 <= x < math.inf, "0 or more"),
                                   (("dropout", "warmup"), lambda x: 0 <= x < 1, "at least 0 and less than 1")):
         for flag in flags:
             if getattr(args, flag) is not None and not good(getattr(args, flag)):
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {expected}")
     if not args.resume and args.model in model.SIZES and Path(args.model, "config.json").is_file():
         raise ValueError(f"--model {args.model}: a size, but also a directory here; ./{args.model} means the directory")
-    if args.stage == 3 and not args.sources:
+    if args.stage == 2:
+        args.negatives = 0
+    elif args.negatives < 1:
+        raise ValueError(f"--negatives {args.negatives}: expected a number above 0 in stage 3")
+    elif not args.sources:
         raise ValueError("--stage 3: the default sources have no negatives; `curate.py mine` makes some, for --sources")
+    memory.choose_precision(args.precision, ranks.device)  # for what it and the next raise, before anything is built
+    if args.zero is not None:
+        memory.read_zero(args.zero)
     if args.micro_tokens != "auto" and args.micro_tokens < args.max_length:
         raise ValueError(f"--micro-tokens {args.micro_tokens} is less than one text of --max-length {args.max_length}")
     return args, resumed
@@ -129,11 +137,11 @@ def step_loss(e: torch.Tensor, place: torch.Tensor, args: argparse.Namespace, ra
     negatives row by row."""
     b = args.batch_size // ranks.world_size
     row, (q, p, n) = b * ranks.rank, e[place].split([b, b, len(place) - 2 * b])
-    n = n.view(-1, args.negatives, e.shape[1])
     all_q, all_p = ranks.gather(q), ranks.gather(p)
     if args.stage == 2:
         loss = losses.pair_loss(q, p, args.tau, (all_q, all_p), row)
     else:
+        n = n.view(b, -1, e.shape[1])
         loss = losses.hard_negative_loss(q, p, n, args.tau, (all_q, all_p, ranks.gather(n)), row)
     return loss, evaluate.in_batch_accuracy(q, all_p, row)
 
@@ -201,8 +209,9 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
     args.sources = str(Path(args.sources).resolve())  # as a resumed run will look for it
     sources = ranks.rank_0_first(lambda: data.load_sources(args.sources))
     if args.check:
-        args.batch_size = ranks.world_size * -(-CHECK_ROWS // ranks.world_size)
-    draw = partial(data.SourceBatches, sources, args.batch_size, args.seed, negatives=args.negatives if args.stage == 3 else 0)
+        rows = CHECK_TOKENS // (args.max_length * (2 + args.negatives))
+        args.batch_size = ranks.world_size * -(-min(CHECK_ROWS, max(2, rows)) // ranks.world_size)
+    draw = partial(data.SourceBatches, sources, args.batch_size, args.seed, negatives=args.negatives)
     batches = draw(rank=ranks.rank, world_size=ranks.world_size)
 
     # model (§5)
@@ -326,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     except (FloatingPointError, OSError, ValueError) as error:  # one line, and nothing of a former run touched
         status = 1 if isinstance(error, FloatingPointError) else 2
         ranks.complain(f"train.py: {' '.join(str(error).split())}")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         status, advice = 1, args and out_of_memory(error, args, ranks.device)
         if advice:
             sys.exit(f"train.py: {advice}")

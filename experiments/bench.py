@@ -284,7 +284,7 @@ def passes(name: str, batch_size: int, args: argparse.Namespace) -> dict:
             cell = Cell(side, name, 2, batch_size, OURS[args.precisions[0]], args.max_length, flags, turn)
             found[kind].append(run(cell, args))
     seconds = {kind: [median(one["seconds"]) for one in cells] for kind, cells in found.items()}
-    first = next(kind for kind in ("one pass", "graphs kept") if math.inf not in seconds[kind])
+    first = "one pass" if math.inf not in seconds["one pass"] else "graphs kept"
     return {"model": name, "batch_size": batch_size, "kinds": {kind: {
         "ratio": median(a / b for a, b in zip(seconds[kind], seconds[first])), "peak": max(c["peak"] for c in cells),
         "of_rate": cells[0].get("of_rate")} for kind, cells in found.items()}}
@@ -340,7 +340,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--precisions", nargs="+", choices=("best", "fp32"), default=["best", "fp32"],
                         help="best: auto for ours, for theirs what is fastest; fp32: both; --passes takes the first")
-    parser.add_argument("--flags", default="", help="more of train.py's for ours, as in '--memory 2'")
+    parser.add_argument("--flags", default="", help="more of train.py's for ours, as in --flags='--memory 2'")
     parser.add_argument("--turns", type=int, default=3, help="of ours and theirs")
     parser.add_argument("--steps", type=int, help="of a cell; unset: 3 up to 512 rows, else 1")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
