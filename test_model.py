@@ -262,6 +262,13 @@ def test_long_texts_have_the_values_and_gradients_of_the_materialised_bias(lengt
         assert 0 < (got - want).norm() < 1e-5 * want.norm()  # not 0: they did take two paths
 
 
+def test_no_long_texts_are_a_batch_too():
+    """As `memory.equalise` makes one where a rank has fewer texts than another has micro-batches; it must back-propagate."""
+    encoder, none = small(num_hidden_layers=1), torch.zeros(0, 1100, dtype=torch.long)
+    encoder(none, none).sum().backward()
+    assert not encoder.backbone.encoder["layer"][0].attention["self"].query.weight.grad.any()
+
+
 @pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16"])
 def test_long_texts_need_no_memory_that_grows_with_the_square_of_their_length(mixed):
     """T = 1,100, H = 2, 3 layers: H T^2 = 2,420,000 numbers. The widest tensor of a layer has 2 I = 192 a token, 422,400 for

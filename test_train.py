@@ -186,6 +186,7 @@ def test_a_loss_that_is_not_finite_names_step_and_source_and_keeps_the_checkpoin
     (["--zero", "4"], "--zero 4: neither 0, 1, 2, 3 nor a JSON file that opens"),
     (["--stage", "3", "--sources", ""], "--stage 3: the default sources have no negatives"),
     (["--stage", "3"], "left.jsonl, line 1: 3 negatives, but --negatives 15"),
+    (["--stage", "3", "--negatives", "0"], "--negatives 0: expected a number above 0 in stage 3"),
     (["--resume"], "--resume: runs holds no complete checkpoint"),
     (["--resume", "--out", "none"], "--resume: none holds no complete checkpoint"),
 ])
@@ -193,6 +194,14 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, capsys, flags, said):
     before = sorted(os.listdir())
     assert said in refused(capsys, *FLAGS, *flags)
     assert sorted(set(os.listdir()) - {".cache"}) == before
+
+
+def test_check_takes_no_more_rows_than_plain_fp32_has_room_for(folder, monkeypatch, capsys):
+    """A row of stage 3 with 2 negatives is 4 texts of at most 128 tokens: 2,560 tokens are 5 rows, and there are 2 at least."""
+    for tokens, rows in (2560, 5), (100, 2):
+        monkeypatch.setattr(train, "CHECK_TOKENS", tokens)
+        train.main([*FLAGS, "--check", "--stage", "3", "--negatives", "2"])
+        assert f"gradient of a batch of {rows} rows" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_neither_written_over_nor_resumed(folder, capsys):
