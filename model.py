@@ -149,7 +149,7 @@ class JinaBertSelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, attend: Callable) -> Tensor:
         B, T, D = hidden.shape
-        q, k, v = (project(hidden).view(B, T, self.heads, -1).transpose(1, 2)
+        q, k, v = (project(hidden).view(B, T, self.heads, D // self.heads).transpose(1, 2)
                    for project in (self.query, self.key, self.value))
         return attend(q, k, v).transpose(1, 2).reshape(B, T, D)
 

@@ -262,9 +262,10 @@ def test_long_texts_have_the_values_and_gradients_of_the_materialised_bias(lengt
         assert 0 < (got - want).norm() < 1e-5 * want.norm()  # not 0: they did take two paths
 
 
-def test_no_long_texts_are_a_batch_too():
+@pytest.mark.parametrize("T", [5, 1100])
+def test_no_texts_are_a_batch_too(T):
     """As `memory.equalise` makes one where a rank has fewer texts than another has micro-batches; it must back-propagate."""
-    encoder, none = small(num_hidden_layers=1), torch.zeros(0, 1100, dtype=torch.long)
+    encoder, none = small(num_hidden_layers=1), torch.zeros(0, T, dtype=torch.long)
     encoder(none, none).sum().backward()
     assert not encoder.backbone.encoder["layer"][0].attention["self"].query.weight.grad.any()
 
