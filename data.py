@@ -1,6 +1,6 @@
 """Source-wise batches (§5.1): sources with sampling rates, batches from one source at a time.
 
-    manifest -> load_sources -> [Source] -> SourceBatches -> Batch(source, rows) -> micro_batches -> [MicroBatch]
+    manifest -> load_sources -> [Source] -> SourceBatches -> Batch(source, rows) -> make_micro_batches -> [MicroBatch]
 
 Paper: for every new batch one source is drawn at random by its sampling rate, and the batch is filled from that source
 alone; pairs inside a source are shuffled beforehand. Ours: all the rest, as the comments say. Nothing here knows about
@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertTokenizer
 
-from checkpoint import publish
-from formats import Row, key, read_lines, read_rows, records
+from corpora.formats import Row, read_lines, read_rows, records, text_hash
+from plumbing.files import publish
 
 EVAL_TARGETS = 1000  # Ours: held-out targets per source at most, and at most one in twenty
 TOKENIZER_ROWS = 500_000  # Ours: more rows than this change a vocabulary of 30,000 very little
@@ -35,19 +35,27 @@ ROW = np.dtype([("offset", "<u8"), ("item", "<u4"), ("negatives", "<u4"), ("firs
                 ("query", "<u8"), ("positive", "<u8")])  # a change here, or in `records`, wants another .cache/v1
 
 
-class Batch(NamedTuple):
-    source: str
-    rows: list[Row]  # this rank's slice of the global batch
-    dropped: int  # rows left over by the epoch that ended before this batch: they could not fill one
-    digest: str  # of the ids of the global batch: equal for equal batches
+class Batch:
+    """Rows of one source, and their texts to embed. It alone knows how these are ordered: all queries, all positives, all
+    negatives row by row; a text that stands several times among them is embedded once. Axis letters: B rows, N negatives of
+    a row, M distinct texts, D width."""
 
-    def texts(self) -> tuple[list[str], Tensor]:
-        """The distinct texts, each to be embedded once, and where among them all queries stand, then all positives, then all
-        negatives row by row."""
-        every = ([row.query for row in self.rows] + [row.positive for row in self.rows]
-                 + [text for row in self.rows for text in row.negatives])
-        place = {text: i for i, text in enumerate(dict.fromkeys(every))}
-        return list(place), torch.tensor([place[text] for text in every])
+    def __init__(self, source: str, rows: list[Row], dropped: int, digest: str):
+        self.source = source
+        self.rows = rows  # this rank's slice of the global batch
+        self.dropped = dropped  # rows left over by the epoch that ended before this batch: they could not fill one
+        self.digest = digest  # of the ids of the global batch: equal for equal batches
+        texts = [row.query for row in rows] + [row.positive for row in rows]
+        texts += [text for row in rows for text in row.negatives]
+        number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        self.texts = list(number)  # distinct
+        self.inverse = torch.tensor([number[text] for text in texts])
+
+    def split(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(M, D) of `texts` -> q (B, D), p (B, D), n (B, N, D); n is None where the rows have no negatives."""
+        B = len(self.rows)
+        q, p, n = embeddings[self.inverse].split([B, B, len(self.inverse) - 2 * B])
+        return q, p, n.view(B, -1, n.shape[1]) if len(n) else None
 
 
 # sources
@@ -67,14 +75,14 @@ class Source:
         done = cache / f"{path.name.split('.')[0]}-{version}"
         if not done.is_dir():
             publish(done, self._index, replace=False)
-        self.index, self.negative_keys = (
+        self.index, self.negative_hashes = (
             np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
             for file, dtype in ((done / "rows", ROW), (done / "negatives", np.dtype("<u8"))))
         if not len(self.index):
             raise ValueError(f"source {name}: {path} holds no pair")
         self.file = open(done / "unpacked.jsonl" if path.suffix == ".gz" else path, "rb")
         fingerprint = blake2b(self.index, digest_size=8)
-        fingerprint.update(self.negative_keys)
+        fingerprint.update(self.negative_hashes)
         self.fingerprint = fingerprint.hexdigest()
 
     def _index(self, directory: Path) -> None:
@@ -84,9 +92,9 @@ class Source:
         with open(directory / "rows", "wb") as rows, open(directory / "negatives", "wb") as negatives:
             for offset, line in read_lines(self.path):
                 for item, row in enumerate(line):
-                    values = offset, item, len(row.negatives), first, key(row.query), key(row.positive)
+                    values = offset, item, len(row.negatives), first, text_hash(row.query), text_hash(row.positive)
                     rows.write(np.array(values, ROW).tobytes())
-                    negatives.write(np.array([key(text) for text in row.negatives], "<u8").tobytes())
+                    negatives.write(np.array([text_hash(text) for text in row.negatives], "<u8").tobytes())
                     first += len(row.negatives)
         if self.path.suffix == ".gz":
             with gzip.open(self.path, "rb") as packed, open(directory / "unpacked.jsonl", "wb") as file:
@@ -149,13 +157,13 @@ def load_sources(manifest: Path | str) -> list[Source]:
         targets, first = np.unique(source.index["positive"][order], return_index=True)
         chosen = order[first[: min(EVAL_TARGETS, len(targets) // 20)]]
         rows = read_rows(source.eval) if source.eval else map(source.read, chosen)
-        source.held_out = list({key(row.positive): row for row in rows}.values())
+        source.held_out = list({text_hash(row.positive): row for row in rows}.values())
         if source.eval and not source.held_out:
             raise ValueError(f"source {source.name}: {source.eval} holds no pair")
-    held_out = {key(row.positive) for source in sources for row in source.held_out}
+    held_out = {text_hash(row.positive) for source in sources for row in source.held_out}
     for source in sources:
-        source.held_out = list({key(row.query): row for row in source.held_out}.values())[:EVAL_TARGETS]
-        source.held_out_keys = held_out
+        source.held_out = list({text_hash(row.query): row for row in source.held_out}.values())[:EVAL_TARGETS]
+        source.held_out_hashes = held_out
         query, positive = (np.isin(source.index[side], np.array(list(held_out), "<u8")) for side in ("query", "positive"))
         source.train = np.flatnonzero(~(query | positive))
     return sources
@@ -191,7 +199,7 @@ class SourceBatches(Iterator):
                 if counts.min(initial=negatives) < negatives:
                     raise ValueError(f"{source.path}, line {source.line_number(rows[counts.argmin()])}: {counts.min()} "
                                      f"negatives, but --negatives {negatives}; lower it, or mine more")
-                barred = np.isin(source.negative_keys, np.array(list(source.held_out_keys), "<u8"))
+                barred = np.isin(source.negative_hashes, np.array(list(source.held_out_hashes), "<u8"))
                 before, first = np.concatenate([[0], barred.cumsum()]), source.index["first_negative"][rows].astype(int)
                 rows = rows[counts - (before[first + counts] - before[first]) >= negatives]
                 if rank == 0 and len(rows) < len(source.train):
@@ -217,12 +225,12 @@ class SourceBatches(Iterator):
                              f"none among the negatives), but --batch-size {self.batch_size}; lower it")
         rows = [(source.read(row), chosen) for row, chosen in picked[self.own]]
         rows = [row._replace(negatives=[row.negatives[j] for j in chosen]) for row, chosen in rows]
-        return Batch(source.name, rows, dropped, f"{key(str([row for row, _ in picked])):016x}")
+        return Batch(source.name, rows, dropped, f"{text_hash(str([row for row, _ in picked])):016x}")
 
     def _fill(self, source: Source, state: dict) -> list[tuple[int, list[int]]]:
         """Takes (row, which of its negatives) for a batch: those that wait first, then on from the cursor."""
         if self.orders.get(source.name, (None,))[0] != state["epoch"]:
-            rng = np.random.default_rng([self.seed, key(source.name), state["epoch"]])
+            rng = np.random.default_rng([self.seed, text_hash(source.name), state["epoch"]])
             self.orders[source.name] = state["epoch"], rng.permutation(self.rows[source.name])
         order = self.orders[source.name][1]
         picked, waiting, texts, negatives = [], [], set(), set()
@@ -250,10 +258,10 @@ class SourceBatches(Iterator):
         if self.negatives == 0:
             return [], set()
         first, count = int(source.index["first_negative"][row]), int(source.index["negatives"][row])
-        keys = source.negative_keys[first : first + count].tolist()
-        chosen = [j for j, k in enumerate(keys) if k not in pair and k not in source.held_out_keys]
+        keys = source.negative_hashes[first : first + count].tolist()
+        chosen = [j for j, k in enumerate(keys) if k not in pair and k not in source.held_out_hashes]
         if self.negatives is not None and len(chosen) > self.negatives:
-            rng = np.random.default_rng([self.seed, key(source.name), epoch, row])
+            rng = np.random.default_rng([self.seed, text_hash(source.name), epoch, row])
             chosen = sorted(rng.choice(chosen, self.negatives, replace=False).tolist())
         return chosen, {keys[j] for j in chosen}
 
@@ -280,7 +288,7 @@ def train_tokenizer(sources: list[Source], vocab_size: int) -> BertTokenizer:
     """A lower-case WordPiece tokenizer for these sources, trained on rows that are trained on, once, and kept beside them
     (its trainer gives a slightly different vocabulary every time)."""
     names = " ".join(f"{source.name} {source.fingerprint}" for source in sources)
-    directory = sources[0].cache / f"tokenizer-{vocab_size}-{key(names):016x}"
+    directory = sources[0].cache / f"tokenizer-{vocab_size}-{text_hash(names):016x}"
     if not directory.is_dir():
         print(f"training a WordPiece tokenizer of {vocab_size} entries on the sources, once, into {directory}", flush=True)
         step = -(-sum(len(source.train) for source in sources) // TOKENIZER_ROWS)
@@ -298,7 +306,7 @@ class MicroBatch(NamedTuple):
     attention_mask: Tensor  # (b, T)
 
 
-def micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: int, whole: bool = False) -> list[MicroBatch]:
+def make_micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: int, whole: bool = False) -> list[MicroBatch]:
     """Cuts a step's texts into micro-batches of at most `micro_tokens` tokens, padding included. whole: into one, whatever
     its size.
 

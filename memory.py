@@ -26,7 +26,6 @@ the parameters' gradients over ranks: (1/W) sum_r (dE_r/dtheta)^T G_r = dL/dthet
 """
 
 import contextlib
-import ctypes
 import io
 import json
 import math
@@ -43,7 +42,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data import MicroBatch
-from ranks import Ranks
+from plumbing import allocator
+from plumbing.ranks import Ranks
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -162,7 +162,7 @@ def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch], loss_of: C
         del part
 
     if keep < len(inputs):
-        give_back_freed_memory()  # also where it is kept for the passes: the loss wants other sizes
+        allocator.give_back_freed_memory()  # also where it is kept for the passes: the loss wants other sizes
     loss, *more = loss_of(embeddings.requires_grad_())
     loss.backward()  # fills embeddings.grad, the cached gradient G, in fp32
     tidy()
@@ -177,29 +177,6 @@ def backward(encoder: nn.Module, micro_batches: Sequence[MicroBatch], loss_of: C
         tidy()
     torch.set_rng_state(after)
     return loss.detach(), *more
-
-
-def keep_freed_memory() -> None:
-    """In the process, for the next tensors, on a CPU under glibc, which otherwise hands large ones back to the system and takes
-    them anew, page by page. With the graphs kept that is a fourth of a step's time, as much as keeping them saves."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no tensor is a mapping of its own
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: what lies free at the end stays, however much it is
-
-
-def give_back_freed_memory() -> None:
-    """To the system, under glibc, which keeps it in pieces: with tensors of ever new shapes, a few MB more a micro-batch."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def sparse_gradients(encoder: nn.Module) -> None:
-    """Of the embeddings, on a CPU in plain torch: a micro-batch adds to the rows of its own tokens. A dense gradient is made of
-    as many zeros as the vocabulary times the width and added as a whole, by every micro-batch: up to an eighth of a step."""
-    for module in encoder.modules():
-        if isinstance(module, nn.Embedding) and module.weight.requires_grad and module.weight.device.type == "cpu":
-            module.sparse, module.weight.grad = True, torch.zeros_like(module.weight)  # into which autograd adds in place
 
 
 # optimizer steps

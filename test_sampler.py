@@ -17,7 +17,7 @@ import pytest
 from transformers import BertTokenizer
 
 import data
-import formats
+from corpora import formats
 
 
 def pairs(name, n):
@@ -439,7 +439,7 @@ def test_files_whose_paths_differ_by_case_are_two_files(tmp_path):
     if (tmp_path / "d").samefile(tmp_path / "D"):
         pytest.skip("this file system does not tell them apart")
     manifest = write(tmp_path / "m.json", b'[{"name": "l", "path": "d/a.jsonl"}, {"name": "u", "path": "D/a.jsonl"}]')
-    assert [source.index["query"][0] for source in data.load_sources(manifest)] == [formats.key("lower"), formats.key("upper")]
+    assert [source.index["query"][0] for source in data.load_sources(manifest)] == [formats.text_hash("lower"), formats.text_hash("upper")]
 
 
 def test_a_row_costs_a_few_bytes_of_memory_and_a_big_source_holds_out_a_thousand(tmp_path):
@@ -468,21 +468,21 @@ def test_micro_batches_by_hand(tokenizer):
     micro-batch, longest first, equals in order. Of 14 the third does not fit. A bound of 1 still gives each text alone, unless
     they are to be whole. w v w and three w have 5 + 3 x 3 = 14 tokens, and 20 with padding: more than 4/3 of 14."""
     texts = ["w", "w v w", "w w w w w w"]
-    whole, = data.micro_batches(tokenizer, texts, max_length=5, micro_tokens=15)
+    whole, = data.make_micro_batches(tokenizer, texts, max_length=5, micro_tokens=15)
     assert whole.index.tolist() == [1, 2, 0]
     assert whole.input_ids.tolist() == [[2, 5, 6, 5, 3], [2, 5, 5, 5, 3], [2, 5, 3, 0, 0]]
     assert whole.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert [m.index.tolist() for m in data.micro_batches(tokenizer, texts, max_length=5, micro_tokens=14)] == [[1, 2], [0]]
-    assert [m.index.tolist() for m in data.micro_batches(tokenizer, texts, max_length=5, micro_tokens=1)] == [[1], [2], [0]]
-    assert [m.index.tolist() for m in data.micro_batches(tokenizer, texts, 5, 1, whole=True)] == [[1, 2, 0]]
-    assert [m.index.tolist() for m in data.micro_batches(tokenizer, ["w", *texts[:2], "w"], 5, 99)] == [[2], [0, 1, 3]]
+    assert [m.index.tolist() for m in data.make_micro_batches(tokenizer, texts, max_length=5, micro_tokens=14)] == [[1, 2], [0]]
+    assert [m.index.tolist() for m in data.make_micro_batches(tokenizer, texts, max_length=5, micro_tokens=1)] == [[1], [2], [0]]
+    assert [m.index.tolist() for m in data.make_micro_batches(tokenizer, texts, 5, 1, whole=True)] == [[1, 2, 0]]
+    assert [m.index.tolist() for m in data.make_micro_batches(tokenizer, ["w", *texts[:2], "w"], 5, 99)] == [[2], [0, 1, 3]]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_micro_batches_hold_every_text_once_within_the_bound_with_little_padding(tokenizer, seed):
     """600 texts of 1 to 120 words (+ 2 tokens), cut at 100: about 33,000 tokens, at most 1,024 at a time."""
     words = np.random.default_rng(seed).integers(1, 121, size=600)
-    parts = data.micro_batches(tokenizer, [" ".join(["w"] * n) for n in words], max_length=100, micro_tokens=1024)
+    parts = data.make_micro_batches(tokenizer, [" ".join(["w"] * n) for n in words], max_length=100, micro_tokens=1024)
     assert sorted(i for part in parts for i in part.index.tolist()) == list(range(600))
     widths = [part.input_ids.shape[1] for part in parts]
     assert widths == sorted(widths, reverse=True) and widths[0] == 100

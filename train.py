@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import data
-import evaluate
 import losses
 import memory
 import model
-from plan import out_of_memory, plan as plan_memory
-from ranks import Ranks
+from evaluation import metrics
+from plumbing import allocator, checkpoint
+from plumbing.plan import out_of_memory, plan as plan_memory
+from plumbing.ranks import Ranks
 
 VOCABULARY = 30522  # entries of a tokenizer trained here: BERT's number; JinaBERT rounds it up to 30,528 embeddings
 LR_PRETRAINED = 2e-5  # Nomic Embed's; for random weights ours, 1 / width: 3.9e-3 for tiny, where 8e-3 diverges
@@ -106,7 +106,7 @@ def parse_arguments(argv: list[str] | None, ranks: Ranks) -> tuple[argparse.Name
     elif args.negatives < 1:
         raise ValueError(f"--negatives {args.negatives}: expected a number above 0 in stage 3")
     elif not args.sources:
-        raise ValueError("--stage 3: the default sources have no negatives; `curate.py mine` makes some, for --sources")
+        raise ValueError("--stage 3: the default sources have no negatives; `python -m curation mine` makes some, for --sources")
     memory.choose_precision(args.precision, ranks.device)  # for what it and the next raise, before anything is built
     if args.zero is not None:
         memory.read_zero(args.zero)
@@ -117,7 +117,7 @@ def parse_arguments(argv: list[str] | None, ranks: Ranks) -> tuple[argparse.Name
 
 def held_out_scores(encoder, tokenizer, sources: list[data.Source], args: argparse.Namespace) -> dict:
     """{"mean": metrics, "sources": {name: metrics}} of retrieval among each source's held-out pairs."""
-    scores = {source.name: evaluate.retrieval(encoder, tokenizer, source.held_out, args.max_length, args.micro_tokens)
+    scores = {source.name: metrics.retrieval(encoder, tokenizer, source.held_out, args.max_length, args.micro_tokens)
               for source in sources if source.held_out}
     names = next(iter(scores.values()), {})
     return {"mean": {name: sum(s[name] for s in scores.values()) / len(scores) for name in names}, "sources": scores}
@@ -143,7 +143,7 @@ def step_loss(e: torch.Tensor, place: torch.Tensor, args: argparse.Namespace, ra
     else:
         n = n.view(b, -1, e.shape[1])
         loss = losses.hard_negative_loss(q, p, n, args.tau, (all_q, all_p, ranks.gather(n)), row)
-    return loss, evaluate.in_batch_accuracy(q, all_p, row)
+    return loss, metrics.in_batch_accuracy(q, all_p, row)
 
 
 def prepare(encoder: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float, args: argparse.Namespace,
@@ -155,11 +155,11 @@ def prepare(encoder: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: fl
     if args.checkpoint_layers:
         memory.checkpoint_layers(encoder)
     if args.zero is None and not ranks.launched:
-        memory.sparse_gradients(encoder)
+        allocator.sparse_gradients(encoder)
     plan = plan_memory(encoder, args, ranks)
     args.micro_tokens = plan.micro_tokens
     if plan.keep_tokens and ranks.device.type == "cpu":
-        memory.keep_freed_memory()
+        allocator.keep_freed_memory()
     engine = memory.engine(encoder, optimizer, clip, scaling, ranks, args.zero, kept=plan.kept, tidy=plan.tidy)
     ranks.say(f"{size:.1f} M parameters, {str(dtype).removeprefix('torch.')} ({reason}), {engine}")
     ranks.say(plan.line)
@@ -222,10 +222,10 @@ def train(ranks: Ranks, args: argparse.Namespace, resumed: checkpoint.Checkpoint
         encoder = model.create(args.model)
     else:
         encoder, tokenizer = model.load(args.model)
-    same = data.key(str((batches.state_dict(), sorted(tokenizer.get_vocab().items()))))
+    same = data.text_hash(str((batches.state_dict(), sorted(tokenizer.get_vocab().items()))))
     if len(set(ranks.all(same))) > 1:
         raise ValueError("the ranks see different corpora or tokenizers; they belong on a file system that all nodes share")
-    cut = partial(data.micro_batches, tokenizer, max_length=args.max_length)
+    cut = partial(data.make_micro_batches, tokenizer, max_length=args.max_length)
     cut(["a text"], micro_tokens=args.max_length)  # raises where the model cannot take it
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout) and args.dropout is not None:

@@ -28,8 +28,8 @@ from xml.etree import ElementTree
 
 import yaml
 
-from checkpoint import publish
-from formats import read_rows
+from corpora.formats import read_rows
+from plumbing.files import publish
 
 FORMAT = 1  # raise it whenever the same wheels give other pairs
 BUILT = Path(__file__).resolve().parent / "built"

@@ -34,10 +34,11 @@ import data
 import losses
 import memory
 import model
-import plan
+from plumbing import plan
 import train
 from corpora import installed_docs, wheels
-from ranks import Ranks
+from plumbing.files import publish
+from plumbing.ranks import Ranks
 
 SOURCE, TAU, NEGATIVES = "summary_body", 0.05, 15
 CUDA = torch.cuda.is_available()
@@ -77,7 +78,7 @@ def directory(name: str, out: Path) -> Path:
     if not (out / name).is_dir():
         torch.manual_seed(0)
         tokenizer = data.train_tokenizer(data.load_sources(installed_docs.build()), train.VOCABULARY)
-        train.checkpoint.publish(out / name, partial(model.save, model.create(name), tokenizer), replace=False)
+        publish(out / name, partial(model.save, model.create(name), tokenizer), replace=False)
     return out / name
 
 
@@ -106,7 +107,7 @@ class Ours:
         self.dtype, _ = memory.choose_precision(cell.precision, self.ranks.device)
         optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=0.0, fused=True)
         self.engine = train.prepare(encoder, optimizer, self.args.clip, self.args, self.ranks)
-        self.cut = partial(data.micro_batches, tokenizer, max_length=cell.max_length, micro_tokens=self.args.micro_tokens)
+        self.cut = partial(data.make_micro_batches, tokenizer, max_length=cell.max_length, micro_tokens=self.args.micro_tokens)
         self.spent = {}
         encoder.forward = self.timed(encoder.forward, lambda: "second pass" if torch.is_grad_enabled() else "first pass")
 

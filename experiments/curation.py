@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-import curate
 import data
-import formats
-import search
+from corpora import formats
+from curation import __main__ as curate
+from curation import pool as search
 from corpora import installed_docs
 
 
@@ -47,7 +47,7 @@ def swapped(args: argparse.Namespace, sources: list[data.Source], directory: Pat
     def swap(rows, rng):
         chosen = rng.permutation(len(rows))[: len(rows) // 10]
         target = {i: rows[j].positive for i, j in zip(chosen, np.roll(chosen, 1))
-                  if formats.key(rows[i].positive) != formats.key(rows[j].positive)}
+                  if formats.text_hash(rows[i].positive) != formats.text_hash(rows[j].positive)}
         return [{"query": row.query, "positive": target.get(i, row.positive), "negatives": [str(i in target)]}
                 for i, row in enumerate(rows)]  # whether it was swapped goes along as a negative
 

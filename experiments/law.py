@@ -35,8 +35,8 @@ import losses
 import memory
 import model
 import train
-from plan import Plan
-from ranks import Gather, Ranks
+from plumbing.plan import Plan
+from plumbing.ranks import Gather, Ranks
 
 K, N, TAU, STEPS, LR = 8, 2, 0.05, 3, 0.1  # K rows over all ranks, N negatives a row
 ADAM_LR, CLIP = 1e-3, 0.1
@@ -92,7 +92,7 @@ def texts_of(step: int, stage: int, rank: int = 0, world_size: int = 1) -> list[
 
 
 def cut(texts: list[torch.Tensor], size: int) -> list[memory.MicroBatch]:
-    """Micro-batches of `size` texts, the longest first, as data.micro_batches orders them."""
+    """Micro-batches of `size` texts, the longest first, as data.make_micro_batches orders them."""
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     return [memory.MicroBatch(torch.tensor(chunk), pad_sequence([texts[i] for i in chunk], True),
                               pad_sequence([torch.ones_like(texts[i]) for i in chunk], True))

@@ -21,7 +21,7 @@ from statistics import median
 import torch
 
 import losses
-import plan
+from plumbing import plan
 
 FORMS = {"printed": (losses.equation_4, losses.equation_5), "tiles": (losses.pair_loss, losses.hard_negative_loss)}
 CUDA = torch.cuda.is_available()

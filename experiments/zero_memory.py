@@ -20,7 +20,7 @@ import torch
 import memory
 import model
 from data import MicroBatch
-from ranks import Ranks
+from plumbing.ranks import Ranks
 
 KINDS = "parameters", "copy", "gradients", "moments", "buckets"
 NOTE = """

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import model
 import train
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 SMALL = dict(vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c d e f g h i j".split()
 STOP = {signal.SIGTERM: signal.getsignal(signal.SIGTERM), signal.SIGINT: signal.getsignal(signal.SIGINT)}

@@ -31,11 +31,12 @@ import torch
 from tqdm import tqdm
 
 import data
-import formats
 import model
-import search
-from checkpoint import publish
-from judge import Example, Judge
+from corpora import formats
+from corpora.formats import text_hash
+from curation import pool as search
+from curation.reranker import Example, Reranker
+from plumbing.files import publish
 
 JUDGED = 1024  # rows judged at a time: with 30 candidates 31,744 pairs
 EQUAL = 0.01  # Ours: scores closer than this are equal: bf16's rounding of the logit alone moves one by up to 0.0008
@@ -62,7 +63,7 @@ def draw(sources: list[data.Source], count: int | None, seed: int, apart: dict[s
         rates = sum(s.rate for s in sources if s.name not in share)
         share[source.name] = min(len(rows[source.name]), round(left * source.rate / rates)) if count else len(rows[source.name])
         left -= share[source.name]
-    return {name: np.sort(np.random.default_rng([seed, formats.key(name)]).permutation(rows[name])[: share[name]])
+    return {name: np.sort(np.random.default_rng([seed, text_hash(name)]).permutation(rows[name])[: share[name]])
             for name in rows}
 
 
@@ -71,7 +72,7 @@ def identity(args: argparse.Namespace, sources: list[data.Source], *models: torc
     free = "run", "sources", "out", "micro_tokens", "batch_size", "cross_encoder", "top_k", "margin", "negatives"
     return {**{name: value for name, value in vars(args).items() if name not in free},
             "corpus": [[s.name, s.rate, s.kind, s.fingerprint] for s in search.with_collections(sources)],
-            "hold-out": formats.key(str(sorted(sources[0].held_out_keys))), "model": list(map(search.fingerprint, models))}
+            "hold-out": text_hash(str(sorted(sources[0].held_out_hashes))), "model": list(map(search.fingerprint, models))}
 
 
 class Report:
@@ -137,12 +138,12 @@ def filter_pairs(args: argparse.Namespace) -> None:
                          f"raise --pool, or lower --top-k")
     embed = search.Embedder(args.model, args.max_length, args.micro_tokens, args.chunk)
     work = search.Work(args.out, identity(args, sources, embed.encoder))
-    vectors, known = embed.chunks(work, "pool", pool), search.Known(search.with_collections(sources), pool)
+    vectors, known = embed.chunks(work, "pool", pool), search.KnownPositives(search.with_collections(sources), pool)
 
     def ranks(source: data.Source, rows: np.ndarray) -> np.ndarray:
         read = [source.read(row) for row in rows]
         q, own = embed([row.query for row in read]), embed([row.positive for row in read])
-        return search.ranks(q, own, vectors, known.cells(source.index["query"][rows]))
+        return search.search.positions(q, own, vectors, known.cells(source.index["query"][rows]))
 
     report, found = Report("rows", "kept", "", "dropped"), {}
     report.say(f"    kept if among the first {args.top_k} of {len(pool):,} random targets and its own")
@@ -163,11 +164,11 @@ def filter_pairs(args: argparse.Namespace) -> None:
         for i, rank in zip(rows[source.name], found[source.name]):
             if rank <= args.top_k:
                 query, positive, negatives, _ = source.read(i)
-                negatives = [text for text in negatives if formats.key(text) not in source.held_out_keys]
+                negatives = [text for text in negatives if text_hash(text) not in source.held_out_hashes]
                 yield {"query": query, "positive": positive} | ({"negatives": negatives} if negatives else {})
 
     queries = np.concatenate([source.index["query"][rows[source.name]] for source in sources])
-    targets = search.Pool([part for source in sources for part in search.searched(source, rows[source.name])]).keys
+    targets = search.Pool([part for source in sources for part in search.searched(source, rows[source.name])]).hashes
 
     def dropped(source: data.Source) -> Iterator[dict]:
         for i, rank in zip(rows[source.name], found[source.name]):
@@ -179,7 +180,7 @@ def filter_pairs(args: argparse.Namespace) -> None:
         for i in undrawn[np.isin(query, queries) & np.isin(positive, targets)]:  # mine must know that the two belong together
             yield with_reason(source.read(i), "not drawn (--rows), but its texts are, in other rows")
         for row in formats.read_rows(source.collection) if source.collection else ():
-            if formats.key(row.positive) not in source.held_out_keys:
+            if text_hash(row.positive) not in source.held_out_hashes:
                 yield with_reason(row, "of the collection, not of the source")
 
     def held_out(source: data.Source) -> Iterator[dict]:
@@ -217,7 +218,7 @@ def train_judge(name: str, retrievers: list[search.Retriever], rows: dict[str, n
         return Example(*r.source.read(row)[:2], [r.pool.text(place) for place in rng.permutation(places)[:JUDGE_NEGATIVES]])
 
     batches = ([example(*found[i]) for i in batch] for batch in order.reshape(steps, -1))
-    judge = Judge(*model.load_cross_encoder(name, new_head=True), args.max_length, args.micro_tokens)
+    judge = Reranker(*model.load_cross_encoder(name, new_head=True), args.max_length, args.micro_tokens)
     lr = lr or (1e-3 if judge.encoder.config.hidden_size <= 256 else 5e-5)
     bar = tqdm(judge.train(batches, steps, lr), total=steps, unit="step", desc="cross-encoder")
     for loss in bar:
@@ -230,13 +231,13 @@ def held_out_pairs(sources: list[data.Source], embed: search.Embedder, args: arg
     often the retriever ranks the two rightly. Raises ValueError where they are too few to say anything."""
     pairs, right = [], 0
     for source in sources:
-        targets = {formats.key(row.positive): row.positive for row in source.held_out}
+        targets = {text_hash(row.positive): row.positive for row in source.held_out}
         rows, texts, place = source.held_out[:TRIED], list(targets.values()), {key: i for i, key in enumerate(targets)}
         if len(texts) > 1:  # else there is nothing to tell the one from
-            own = np.array([place[formats.key(row.positive)] for row in rows])
+            own = np.array([place[text_hash(row.positive)] for row in rows])
             q, p = embed([row.query for row in rows]), embed(texts)
             count = min(args.candidates, len(texts) - 1)
-            places, cosines = search.nearest(q, [p.cpu().numpy()], count, (np.arange(len(own)), own))
+            places, cosines = search.search.nearest(q, [p.cpu().numpy()], count, (np.arange(len(own)), own))
             drawn = np.arange(len(own)), np.random.default_rng(args.seed).integers(count, size=len(own))
             right += int(((q * p[own]).sum(1).cpu().numpy() > cosines[drawn]).sum())
             pairs += [(row.query, text) for row, i in zip(rows, places[drawn]) for text in (row.positive, texts[i])]
@@ -246,9 +247,9 @@ def held_out_pairs(sources: list[data.Source], embed: search.Embedder, args: arg
     return pairs, right
 
 
-def open_judge(name: Path | str, pairs: list, retriever: int, report: "Report", args: argparse.Namespace) -> Judge:
+def open_judge(name: Path | str, pairs: list, retriever: int, report: "Report", args: argparse.Namespace) -> Reranker:
     """A cross-encoder that is better than chance on the held-out pairs; ValueError otherwise."""
-    judge = Judge(*model.load_cross_encoder(name), args.max_length, args.micro_tokens)
+    judge = Reranker(*model.load_cross_encoder(name), args.max_length, args.micro_tokens)
     scores, count = judge(pairs).reshape(-1, 2), len(pairs) // 2
     right = int((scores[:, 0] > scores[:, 1]).sum())
     report.say(f"held-out positives against what the retriever finds: the cross-encoder ranks {right} of {count} rightly, the "
@@ -316,7 +317,7 @@ def mine(args: argparse.Namespace) -> None:
     def mine_rows(source: data.Source, ids: np.ndarray, places: np.ndarray, cosines: np.ndarray) -> np.ndarray:
         pool, read, found = retrievers[source.name].pool, [source.read(i) for i in ids], np.zeros(len(ids), mined_row)
         taken = [set(place[np.isfinite(cosine)]) for place, cosine in zip(places, cosines)]  # what is no random negative
-        for i, place in zip(*retrievers[source.name].barred(ids)):
+        for i, place in zip(*retrievers[source.name].excluded(ids)):
             taken[i].add(place)
         there = np.isfinite(cosines)
         if source in searched:
@@ -332,7 +333,7 @@ def mine(args: argparse.Namespace) -> None:
             if len(pool) - len(taken[i]) < N - row["hard"]:
                 raise ValueError(f"source {source.name}, row {ids[i]}: {row['hard']} negatives found and "
                                  f"{len(pool) - len(taken[i])} texts to draw from; lower --negatives {N}")
-            rng = np.random.default_rng([args.seed, formats.key(source.name), int(ids[i])])
+            rng = np.random.default_rng([args.seed, text_hash(source.name), int(ids[i])])
             for slot in range(row["hard"], N):
                 while (place := int(rng.integers(len(pool)))) in taken[i]:
                     pass

@@ -23,7 +23,7 @@ class Row(NamedTuple):
     id: int = -1  # its number in its source
 
 
-def key(text: str) -> int:
+def text_hash(text: str) -> int:
     """8-byte hash of a text, blind to case and white space. Among 100 million texts, two collide with p = 3e-4."""
     return int.from_bytes(blake2b(" ".join(text.split()).casefold().encode(), digest_size=8).digest(), "little")
 

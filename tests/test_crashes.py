@@ -15,7 +15,7 @@ import train
 from experiments import crashes
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is installed on Linux alone")
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 STOP = {signal.SIGTERM: signal.getsignal(signal.SIGTERM), signal.SIGINT: signal.getsignal(signal.SIGINT)}
 FLAGS = [*crashes.FLAGS, "--steps", "12", "--save-every", "100", "--dropout", "0"]
 
@@ -36,7 +36,8 @@ FORKS = f"""
 import os, socket, sys
 sys.path.insert(0, {str(HERE)!r})
 os.environ["DS_ACCELERATOR"] = "cpu"
-import checkpoint, deepspeed, train
+import deepspeed, train
+from plumbing import checkpoint
 world_size, calls, save_file, ranks = int(sys.argv[1]), [], checkpoint.save_file, []
 with socket.socket() as s:
     s.bind(("127.0.0.1", 0))

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from data import MicroBatch
-from memory import give_back_freed_memory, read_zero
-from ranks import Ranks
+from memory import read_zero
+from plumbing.allocator import give_back_freed_memory
+from plumbing.ranks import Ranks
 
 # Ours. On a CPU larger passes are no faster: a step of tiny takes 1.12 times as long at 8,192. On a GPU not measured.
 TOKENS = {"cpu": 2048, "cuda": 32768}

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import memory
-import plan
-from ranks import Ranks
-from test_memory import small_encoder
-from test_train import FLAGS, folder  # noqa: F401, a fixture
+from plumbing import plan
+from plumbing.ranks import Ranks
+from tests.test_memory import small_encoder
+from tests.test_train import FLAGS, folder  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells its memory")
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def test_what_a_token_costs_is_measured_and_nothing_is_left_of_it():
         encoder = small_encoder(dropout=0.1)
         if checkpointed:
             memory.checkpoint_layers(encoder)
-        memory.sparse_gradients(encoder)
+        allocator.sparse_gradients(encoder)
         torch.manual_seed(3)
         found[checkpointed] = plan.cost(encoder, 512, CPU)
         assert torch.equal(torch.rand(2), expected)
@@ -119,7 +119,7 @@ def pair_loss(*inputs):
 losses.pair_loss = pair_loss
 train.main(sys.argv[1:])
 """)
-    run = subprocess.run([sys.executable, "short.py", *FLAGS], env={"PYTHONPATH": str(Path(__file__).parent)}, capture_output=True,
+    run = subprocess.run([sys.executable, "short.py", *FLAGS], env={"PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True,
                          text=True)
     assert run.returncode == 1
     line = run.stderr.strip().splitlines()[-1]

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import evaluate
 import memory
 import model
-from checkpoint import publish, sync
 from data import Source
-
-Cells = tuple[np.ndarray, np.ndarray]  # (which queries, which places of a pool), one entry a cell
+from evaluation import search
+from evaluation.embed import embed
+from evaluation.search import Cells
+from plumbing.files import publish, sync
 
 
 class Work:
@@ -97,7 +97,7 @@ class Part(NamedTuple):
     source: Source
     rows: np.ndarray
     items: np.ndarray
-    keys: np.ndarray
+    hashes: np.ndarray
 
 
 def positives(source: Source, rows: np.ndarray) -> Part:
@@ -108,35 +108,35 @@ def negatives(source: Source, rows: np.ndarray) -> Part:
     count = source.index["negatives"][rows].astype(int)
     items = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
     first = np.repeat(source.index["first_negative"][rows].astype(int), count)
-    return Part(source, np.repeat(rows, count), items, source.negative_keys[first + items])
+    return Part(source, np.repeat(rows, count), items, source.negative_hashes[first + items])
 
 
 class Pool:
-    """The distinct texts of some parts that are not held out, in the order of their keys; or `count` of them at random."""
+    """The distinct texts of some parts that are not held out, in the order of their hashes; or `count` of them at random."""
 
     def __init__(self, parts: list[Part], count: int | None = None, seed: int = 0):
-        sources, rows, items, keys = zip(*parts)
-        self.keys, first = np.unique(np.concatenate(keys), return_index=True)
-        free = np.flatnonzero(~np.isin(self.keys, np.array(list(sources[0].held_out_keys), "<u8")))
+        sources, rows, items, hashes = zip(*parts)
+        self.hashes, first = np.unique(np.concatenate(hashes), return_index=True)
+        free = np.flatnonzero(~np.isin(self.hashes, np.array(list(sources[0].held_out_hashes), "<u8")))
         if count is not None and count < len(free):
             free = np.sort(np.random.default_rng(seed).permutation(free)[:count])
-        self.keys, first = self.keys[free], first[free]
+        self.hashes, first = self.hashes[free], first[free]
         self.sources, self.source = sources, np.repeat(np.arange(len(parts)), [len(r) for r in rows])[first]
         self.rows, self.items = np.concatenate(rows)[first], np.concatenate(items)[first]
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.hashes)
 
-    def text(self, place: int) -> str:
-        row = self.sources[self.source[place]].read(self.rows[place])
-        return row.positive if self.items[place] < 0 else row.negatives[self.items[place]]
+    def text(self, position: int) -> str:
+        row = self.sources[self.source[position]].read(self.rows[position])
+        return row.positive if self.items[position] < 0 else row.negatives[self.items[position]]
 
-    def find(self, keys: np.ndarray) -> Cells:
-        """Which of these keys (M,) are in the pool, and at which places."""
-        place = np.searchsorted(self.keys, keys)
-        there = np.flatnonzero(place < len(self))
-        there = there[self.keys[place[there]] == keys[there]]
-        return there, place[there]
+    def find(self, hashes: np.ndarray) -> Cells:
+        """Which of these hashes (M,) are in the pool, and at which positions."""
+        position = np.searchsorted(self.hashes, hashes)
+        there = np.flatnonzero(position < len(self))
+        there = there[self.hashes[position[there]] == hashes[there]]
+        return there, position[there]
 
 
 class Embedder:
@@ -150,69 +150,31 @@ class Embedder:
 
     def __call__(self, texts: list[str]) -> Tensor:
         """-> (M, D) of length 1."""
-        vectors = evaluate.embed(self.encoder, self.tokenizer, texts, self.max_length, self.micro_tokens)
+        vectors = embed(self.encoder, self.tokenizer, texts, self.max_length, self.micro_tokens)
         return F.normalize(vectors, dim=-1).to(device())
 
     def chunks(self, work: Work, name: str, pool: Pool) -> list[Path]:
         """The vectors of a pool, in files of `chunk` rows."""
         starts = tqdm(range(0, len(pool), self.chunk), unit="chunk", desc=f"embedding {name}")
-        return [work.keep(f"{name}-{start}", lambda: self([pool.text(i) for i in places]).cpu().numpy())
-                for start in starts for places in [range(start, min(start + self.chunk, len(pool)))]]
+        return [work.keep(f"{name}-{start}", lambda: self([pool.text(i) for i in positions]).cpu().numpy())
+                for start in starts for positions in [range(start, min(start + self.chunk, len(pool)))]]
 
 
-def blocks(q: Tensor, chunks: list[Path | np.ndarray], barred: Cells) -> Iterator[tuple[slice, int, Tensor]]:
-    """Cosines of queries q (M, D) and a pool, -inf where barred -> which queries, the place of the first column, (m, k)."""
-    first, order = 0, np.argsort(barred[1])
-    query, place = barred[0][order], barred[1][order].astype(int)
-    for chunk in chunks:
-        vectors = torch.from_numpy(np.load(chunk) if isinstance(chunk, Path) else chunk).to(q.device)
-        size = max(1, evaluate.SCORES_AT_ONCE // len(vectors))
-        here = slice(*np.searchsorted(place, (first, first + len(vectors))))
-        for start in range(0, len(q), size):
-            cosine = q[start : start + size] @ vectors.T
-            i, j = query[here] - start, place[here] - first
-            inside = (i >= 0) & (i < len(cosine))
-            cosine[torch.from_numpy(i[inside]), torch.from_numpy(j[inside])] = -torch.inf
-            yield slice(start, start + size), first, cosine
-        first += len(vectors)
-
-
-def ranks(q: Tensor, own: Tensor, chunks: list[Path | np.ndarray], barred: Cells) -> np.ndarray:
-    """1-based rank of each query's own target among itself and a pool, in which it is barred: 1 + the number of texts as near
-    to the query, or nearer. Ties count against us, as in `evaluate.ranks`. q, own (M, D) -> (M,)."""
-    cosine, found = (q * own).sum(1), torch.ones(len(q), dtype=torch.long, device=q.device)
-    for rows, _, block in blocks(q, chunks, barred):
-        found[rows] += (block >= cosine[rows, None] - evaluate.TIE).sum(1)
-    return found.cpu().numpy()
-
-
-def nearest(q: Tensor, chunks: list[Path | np.ndarray], count: int, barred: Cells) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest texts of a pool, the nearest first; of equal ones at the end of the list, those that torch.topk gives.
-    -> places (M, C), cosines (M, C), -inf where a pool has no more."""
-    best = torch.full((len(q), count), -torch.inf, device=q.device)
-    place = torch.zeros_like(best, dtype=torch.long)
-    for rows, first, block in blocks(q, chunks, barred):
-        top = block.topk(min(count, block.shape[1]))
-        best[rows], order = torch.cat([best[rows], top.values], 1).topk(count)
-        place[rows] = torch.cat([place[rows], top.indices + first], 1).gather(1, order)
-    return place.cpu().numpy(), best.cpu().numpy()
-
-
-class Known:
+class KnownPositives:
     """Which texts of a pool any of the sources has as a positive of a query."""
 
     def __init__(self, sources: list[Source], pool: Pool):
         found = [(s, *pool.find(s.index["positive"])) for s in sources]
         queries = np.concatenate([s.index["query"][there] for s, there, _ in found])
         order = np.argsort(queries, kind="stable")
-        self.pool, self.queries, self.places = pool, queries[order], np.concatenate([place for *_, place in found])[order]
+        self.pool, self.queries, self.positions = pool, queries[order], np.concatenate([position for *_, position in found])[order]
 
     def cells(self, queries: np.ndarray) -> Cells:
-        """Where in the pool the positives of these queries (their keys, (M,)) stand, and the queries' own texts."""
+        """Where in the pool the positives of these queries (their hashes, (M,)) stand, and the queries' own texts."""
         first, last = (np.searchsorted(self.queries, queries, side) for side in ("left", "right"))
         there, own = self.pool.find(queries)
         return (np.concatenate([there, np.repeat(np.arange(len(queries)), last - first)]),
-                np.concatenate([own, *(self.places[a:b] for a, b in zip(first, last))]))
+                np.concatenate([own, *(self.positions[a:b] for a, b in zip(first, last))]))
 
 
 @cache
@@ -237,17 +199,17 @@ class Retriever:
     def __init__(self, source: Source, sources: list[Source], embed: Embedder, work: Work):
         self.source, self.embed, self.work = source, embed, work
         self.pool = Pool(searched(source, source.train))
-        self.known = Known(with_collections(sources), self.pool)
+        self.known = KnownPositives(with_collections(sources), self.pool)
 
     @cached_property
     def vectors(self) -> list[Path]:
         return self.embed.chunks(self.work, f"pool-{self.source.name}", self.pool)
 
-    def barred(self, rows: np.ndarray) -> Cells:
+    def excluded(self, rows: np.ndarray) -> Cells:
         """What is no negative of these rows."""
         return self.known.cells(self.source.index["query"][rows])
 
     def __call__(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """-> places in the pool (M, C) and cosines (M, C), as `nearest`."""
+        """-> positions in the pool (M, C) and cosines (M, C), as `nearest`."""
         q = self.embed([self.source.read(row).query for row in rows])
-        return nearest(q, self.vectors, count, self.barred(rows))
+        return search.nearest(q, self.vectors, count, self.excluded(rows))

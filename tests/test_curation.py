@@ -21,13 +21,13 @@ import pytest
 import torch
 import transformers
 
-import curate
 import data
-import formats
-import judge
 import model
-import search
 import train
+from corpora import formats
+from curation import __main__ as curate
+from curation import pool as search
+from curation import reranker as judge
 
 STOP = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 WORDS = [f"w{i}" for i in range(60)]
@@ -128,7 +128,7 @@ def plane(folder, monkeypatch):
         return torch.tensor([[math.cos(angle(text)), math.sin(angle(text))] for text in texts])
 
     monkeypatch.setattr(search.Embedder, "__call__", embed)
-    monkeypatch.setattr(judge.Judge, "__call__", lambda self, pairs: np.array(
+    monkeypatch.setattr(judge.Reranker, "__call__", lambda self, pairs: np.array(
         [relevance(*pair) ** (1 + self.encoder.classifier.bias.item()) for pair in pairs], "f4"))
     write("eval.jsonl", [[f"q{i} {i}", f"p{i} 90 {i}"] for i in range(901, 921)])  # 20, all ranked rightly
     return calls
@@ -217,7 +217,7 @@ def test_what_is_held_out_stays_held_out_and_the_manifest_says_all_it_said(filte
         {"name": "s", "rate": 3, "licence": "CC0", "path": "s.jsonl", "eval": "eval/s.jsonl", "collection": "dropped/s.jsonl"},
         {"name": "eval/s", "rate": 1, "kind": "similarity", "path": "eval%2Fs.jsonl", "eval": "eval/eval%2Fs.jsonl",
          "collection": "dropped/eval%2Fs.jsonl"}]
-    assert after[0].held_out_keys == before[0].held_out_keys and [len(s.held_out) for s in after] == [6, 9]
+    assert after[0].held_out_hashes == before[0].held_out_hashes and [len(s.held_out) for s in after] == [6, 9]
     assert [{row[:2] for row in s.held_out} for s in after] == [{row[:2] for row in s.held_out} for s in before]
     assert [len(s.train) for s in after] == [len(s.index) for s in after]  # nothing of it is in the rows
     next(data.SourceBatches(after, 32, seed=0))
@@ -327,10 +327,10 @@ def test_no_known_positive_query_held_out_or_rejected_text_is_ever_a_negative(pl
     others = [["q3 3", targets[20].upper()], *([f"r{i} {i}", f"s{i} {i}"] for i in range(7))]
     sources({"a": {"eval": "eval.jsonl"}, "b": {"kind": "similarity"}}, a=rows, b=others)
     run("mine", "out", "--cross-encoder", "reranker", "--negatives", 6, "--candidates", 5)
-    pool = {formats.key(text): text for text in (*targets, "p55 90 1", "p56 90 2", "q3 3")}
-    known, hard = [(formats.key(q), formats.key(p)) for q, p, *_ in rows + [["q3 3", targets[20]]]], 0
+    pool = {formats.text_hash(text): text for text in (*targets, "p55 90 1", "p56 90 2", "q3 3")}
+    known, hard = [(formats.text_hash(q), formats.text_hash(p)) for q, p, *_ in rows + [["q3 3", targets[20]]]], 0
     for row in lines("out/a.jsonl"):
-        query, negatives = formats.key(row["query"]), list(map(formats.key, row["negatives"]))
+        query, negatives = formats.text_hash(row["query"]), list(map(formats.key, row["negatives"]))
         barred = {query} | {p for q, p in known if q == query}
         near = sorted(set(pool) - barred, key=lambda text: -math.cos(angle(row["query"]) - angle(pool[text])))[:5]
         low = [text for text in near if relevance(row["query"], pool[text]) < row["positive_score"] - 0.01]
@@ -415,15 +415,15 @@ def test_after_an_interruption_another_cross_encoder_goes_on_with_what_the_retri
     squares .801, .5625, .828, .09, .476, .01 those of n2, n4, n5, n6 are below .81 - .2."""
     mined_toy()
     monkeypatch.setattr(curate, "JUDGED", 1)
-    flags, judged, call = ("--negatives", 3, "--candidates", 6, "--margin", 0.2, "--cross-encoder"), [], judge.Judge.__call__
+    flags, judged, call = ("--negatives", 3, "--candidates", 6, "--margin", 0.2, "--cross-encoder"), [], judge.Reranker.__call__
     for name, hard in ("reranker", (4, 5, 6)), ("square", (2, 4, 5)):
         run("mine", f"with-{name}", *flags, name)
         assert lines(f"with-{name}/a.jsonl")[0]["negatives"] == [N_OF_0[i - 1] for i in hard]
     with monkeypatch.context() as patch:
-        patch.setattr(judge.Judge, "__call__", lambda self, pairs: judged.append(pairs) or (
+        patch.setattr(judge.Reranker, "__call__", lambda self, pairs: judged.append(pairs) or (
             call(self, pairs) if len(judged) < 3 else os.kill(os.getpid(), signal.SIGINT)))
         refused(capsys, "mine", "out", *flags, "reranker", status=130)
-    monkeypatch.setattr(judge.Judge, "__call__", lambda self, pairs: judged.append(pairs) or call(self, pairs))
+    monkeypatch.setattr(judge.Reranker, "__call__", lambda self, pairs: judged.append(pairs) or call(self, pairs))
     for out in "same", "margin", "fewer":
         shutil.copytree("out.work", f"{out}.work")
     for out, name, again in ("out", "square", 3), ("same", "reranker", 2):
@@ -520,10 +520,10 @@ def test_training_a_cross_encoder_lowers_its_loss_below_ln_2(models):
         return judge.Example(query, passages[0], passages[1:])
 
     for count in 1, 4:
-        halves = judge.Judge(*model.load_cross_encoder(models / "reranker"), 32, 256)
+        halves = judge.Reranker(*model.load_cross_encoder(models / "reranker"), 32, 256)
         assert list(halves.train([[example(count) for _ in range(16)]], 1, 0.01)) == pytest.approx([math.log(2)], abs=1e-6)
     torch.manual_seed(0)
-    learner = judge.Judge(*model.load_cross_encoder(models / "toy", new_head=True), 32, 256)
+    learner = judge.Reranker(*model.load_cross_encoder(models / "toy", new_head=True), 32, 256)
     losses = list(learner.train([[example(4) for _ in range(16)] for _ in range(80)], 80, 0.01))
     assert np.mean(losses[-10:]) < 0.55 < math.log(2) < losses[0]
 
@@ -532,14 +532,14 @@ def test_a_judge_reads_a_pair_up_to_max_length_and_a_separator_in_a_text_does_no
     """[CLS] w1 [SEP] w2 w3 w4 [SEP] are 7 tokens: at 7, what follows w4 is cut off. The toy reads 512. w1 [SEP] w2 and w3 w4
     are the texts w1 w2 and w3 w4, not w1 and w2 w3 w4. A model without token types needs no separator."""
     for max_length, same in (7, True), (8, False), (9999, False):
-        reads = judge.Judge(*model.load_cross_encoder(models / "toy", new_head=True), max_length, 64)
+        reads = judge.Reranker(*model.load_cross_encoder(models / "toy", new_head=True), max_length, 64)
         short, long = reads([("w1", "w2 w3 w4"), ("w1", "w2 w3 w4 w5")])
         assert (abs(short - long) < 1e-6) == same
     found = reads([("w1 w2", "w3 w4"), ("w1 [SEP] w2", "w3 w4"), ("w1 w2", "w3[SEP]w4"), ("w1", "w2 w3 w4")])
     assert found[:3] == pytest.approx(found[0], abs=1e-6) and abs(found[3] - found[0]) > 1e-4
     untyped = transformers.BertForSequenceClassification(transformers.BertConfig(**CONFIG, num_labels=1, type_vocab_size=1))
     reads.tokenizer.sep_token = None
-    assert np.isfinite(judge.Judge(untyped.eval(), reads.tokenizer, 32, 64)([("w1", "w2")])).all()
+    assert np.isfinite(judge.Reranker(untyped.eval(), reads.tokenizer, 32, 64)([("w1", "w2")])).all()
 
 
 def test_mine_trains_a_cross_encoder_where_none_is_given_and_leaves_it_beside(topics, monkeypatch, capsys):
@@ -560,7 +560,7 @@ def test_mine_trains_a_cross_encoder_where_none_is_given_and_leaves_it_beside(to
     assert tree("given") == {path: text.replace(f"{first}\n".encode(), b"") for path, text in tree("mined").items()
                              if not path.startswith("cross-encoder")}
     with monkeypatch.context() as patch:
-        patch.setattr(judge.Judge, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(judge.Reranker, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         refused(capsys, "mine", "again", *flags, status=130)
     monkeypatch.setattr(curate, "train_judge", None)
     shutil.copytree("again.work", "other.work")

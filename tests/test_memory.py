@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import memory
+from plumbing import allocator
 from losses import hard_negative_loss, pair_loss
 from model import SIZES, JinaBertConfig, JinaBertModel, PooledEncoder
 
@@ -185,7 +186,7 @@ def test_what_keeps_its_graph_changes_no_bit_and_no_random_number(checkpointed):
 GROWN = """
 import torch, memory, plan
 from data import MicroBatch
-from test_memory import wide_encoder
+from tests.test_memory import wide_encoder
 
 def step(count):
     micro_batches, texts = [], 0
@@ -209,7 +210,7 @@ for count in (8, 150):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system tells no peaks")
 def test_a_step_of_many_micro_batches_holds_hardly_more_than_one_of_few():
     """Of ever new shapes, 1,000 tokens each. What was freed lay in pieces before: 0.6 MB more of them for every micro-batch."""
-    done = subprocess.run([sys.executable, "-c", GROWN], capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", GROWN], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     few, many = map(int, done.stdout.split())
     assert many - few < 50e6
 
@@ -221,7 +222,7 @@ def test_sparse_gradients_of_the_embeddings_give_the_dense_ones():
         encoder = small_encoder()
         before = torch.nn.utils.parameters_to_vector(encoder.parameters()).detach().clone()
         if sparse:
-            memory.sparse_gradients(encoder)
+            allocator.sparse_gradients(encoder)
         weight, layouts = encoder.backbone.embeddings.word_embeddings.weight, set()
         weight.register_hook(lambda gradient: layouts.add(gradient.layout))
         optimizer = torch.optim.SGD(encoder.parameters(), 0.1)

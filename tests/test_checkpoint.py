@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import checkpoint
 import memory
+from plumbing import checkpoint, files
 
 
 def trained():
@@ -75,13 +75,13 @@ def test_the_libraries_errors_of_a_full_disk_become_one_oserror(tmp_path, error)
         raise error
 
     with pytest.raises(OSError, match="cannot be written: (No space|I/O)"):
-        checkpoint.publish(tmp_path / "new", write)
+        files.publish(tmp_path / "new", write)
     assert os.listdir(tmp_path) == []
 
 
 def test_what_a_killed_process_with_the_same_number_left_is_in_nobody_s_way(tmp_path):
     (tmp_path / f"new.part-{os.getpid()}").mkdir()
-    checkpoint.publish(tmp_path / "new", lambda part: (part / "file").write_text("x"))
+    files.publish(tmp_path / "new", lambda part: (part / "file").write_text("x"))
     assert os.listdir(tmp_path / "new") == ["file"]
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import data
-import formats
-import search
+from corpora import formats
+from curation import pool as pools
+from evaluation import search
 
 
 def plane(degrees):
@@ -45,11 +46,11 @@ def test_ranks_and_nearest_are_those_of_all_cosines_at_once_however_they_are_cut
     def distance(a, b):
         return min((a - b) % 360, (b - a) % 360)
 
-    monkeypatch.setattr(search.evaluate, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(search, "SCORES_AT_ONCE", at_once)
     out, chunks = set(zip(*BARRED)), [chunk.numpy() for chunk in plane(TEXTS).split(size)]
     expected = [1 + sum(distance(q, text) <= distance(q, own) for j, text in enumerate(TEXTS) if (i, j) not in out)
                 for i, (q, own) in enumerate(zip(QUERIES, OWN))]
-    assert search.ranks(plane(QUERIES), plane(OWN), chunks, BARRED).tolist() == expected
+    assert search.positions(plane(QUERIES), plane(OWN), chunks, BARRED).tolist() == expected
     dense = (plane(QUERIES) @ plane(TEXTS).T).numpy()
     dense[BARRED] = -np.inf
     for count in 15, 45:
@@ -69,10 +70,10 @@ def test_a_pool_holds_every_text_once_by_key_and_none_that_is_held_out(tmp_path)
     a, b = corpus(tmp_path, {"b": {"eval": "eval.jsonl"}},
                   a=[["q0", "p0", "p1", "n0", "OUT"], ["q1", "p1"], ["q2", "P1", "n0"]],
                   b=[["q3", "p3", " p1"], ["q4", "out"]])
-    pool = search.Pool([search.positives(a, a.train), search.negatives(a, a.train), search.negatives(b, b.train)])
-    assert sorted(formats.key(text) for text in texts(pool)) == sorted(map(formats.key, ["p0", "p1", "n0"]))
-    assert pool.keys.tolist() == sorted(pool.keys.tolist()) == [formats.key(text) for text in texts(pool)]
-    there, places = pool.find(np.array([formats.key(text) for text in ("none", "N0", "out", "p0")], "<u8"))
+    pool = pools.Pool([pools.positives(a, a.train), pools.negatives(a, a.train), pools.negatives(b, b.train)])
+    assert sorted(formats.text_hash(text) for text in texts(pool)) == sorted(map(formats.text_hash, ["p0", "p1", "n0"]))
+    assert pool.hashes.tolist() == sorted(pool.hashes.tolist()) == [formats.text_hash(text) for text in texts(pool)]
+    there, places = pool.find(np.array([formats.text_hash(text) for text in ("none", "N0", "out", "p0")], "<u8"))
     assert there.tolist() == [1, 3] and [pool.text(place) for place in places] == ["n0", "p0"]
 
 
@@ -80,10 +81,10 @@ def test_so_many_texts_of_a_pool_are_drawn_at_random_by_the_seed(tmp_path):
     """Of 19 targets: 8 by two seeds differ, by one seed are the same; 19 and more are all. Drawn 40 times, every text comes
     (the chance that one does not is below 19 (11/19)^40 = 6e-9)."""
     source, = corpus(tmp_path, a=[[f"q{i}", f"p{i}"] for i in range(19)])
-    drawn = [texts(search.Pool([search.positives(source, source.train)], 8, seed)) for seed in range(40)]
+    drawn = [texts(pools.Pool([pools.positives(source, source.train)], 8, seed)) for seed in range(40)]
     assert all(len(set(some)) == 8 for some in drawn) and set().union(*drawn) == {f"p{i}" for i in range(19)}
-    assert drawn[0] != drawn[1] and drawn[0] == texts(search.Pool([search.positives(source, source.train)], 8, 0))
-    assert all(len(search.Pool([search.positives(source, source.train)], count)) == 19 for count in (19, 20, None))
+    assert drawn[0] != drawn[1] and drawn[0] == texts(pools.Pool([pools.positives(source, source.train)], 8, 0))
+    assert all(len(pools.Pool([pools.positives(source, source.train)], count)) == 19 for count in (19, 20, None))
 
 
 def test_barred_are_the_query_s_own_text_and_its_positives_in_any_source_or_collection(tmp_path):
@@ -93,9 +94,9 @@ def test_barred_are_the_query_s_own_text_and_its_positives_in_any_source_or_coll
         (tmp_path / f"{name}.jsonl").write_text(rows)
     a, b = corpus(tmp_path, {"a": {"eval": "eval.jsonl", "collection": "more.jsonl"}},
                   a=[["q", "p0", "n0"], ["r", "p2", "X0", "q"], ["Q", "p1"]], b=[["q", "x0"], ["s", "n0"]])
-    retriever = search.Retriever(a, [a, b], None, None)
+    retriever = pools.Retriever(a, [a, b], None, None)
     assert sorted(texts(retriever.pool)) == ["X0", "n0", "p0", "p1", "p2", "q", "y", "z"] and len(a.train) == 3
     barred = [set() for _ in range(3)]
-    for i, place in zip(*retriever.barred(np.arange(3))):
+    for i, place in zip(*retriever.excluded(np.arange(3))):
         barred[i].add(retriever.pool.text(place))
     assert barred == [{"q", "p0", "p1", "X0", "y"}, {"p2"}, {"q", "p0", "p1", "X0", "y"}]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import data
 import memory
-from search import device
+from curation.pool import device
 
 
 class Example(NamedTuple):
@@ -24,7 +24,7 @@ class Example(NamedTuple):
     candidates: list[str]  # what a retriever found; one of them may be a false negative
 
 
-class Judge:
+class Reranker:
     """Relevance of a passage to a query, from 0 to 1. encoder: (input_ids, attention_mask[, token_type_ids]), (B, T) each, ->
     .logits (B, 1). In bf16 where that is fast."""
 
@@ -39,7 +39,7 @@ class Judge:
         """(which pairs, their logits), pairs of similar length together."""
         if self.typed:  # a text that speaks of [SEP] would be split there
             pairs = [tuple(text.replace(self.tokenizer.sep_token, " ") for text in pair) for pair in pairs]
-        for index, *inputs in data.micro_batches(self.tokenizer, pairs, self.max_length, self.micro_tokens):
+        for index, *inputs in data.make_micro_batches(self.tokenizer, pairs, self.max_length, self.micro_tokens):
             if self.typed:
                 ends = (inputs[0] == self.tokenizer.sep_token_id).long()
                 inputs.append((ends.cumsum(1) > ends).long())  # [CLS] query [SEP] are 0, passage [SEP] 1

@@ -10,8 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-import evaluate
 import model
+from evaluation import __main__ as evaluation
+from evaluation import metrics
+from evaluation.embed import embed
 
 Pair = namedtuple("Pair", "query positive")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "north", "east", "south", "west"]
@@ -51,61 +53,61 @@ class Compass(nn.Module):
 def test_the_rank_counts_the_targets_that_are_at_least_as_close():
     """Targets at 0, 90, 180 degrees. The query at 10 is nearest to its own, the one at 30 has 0 before its own 90, and
     the one at 60 has 90 and 0 before its own 180."""
-    assert evaluate.ranks(unit(10, 30, 60), unit(0, 90, 180)).tolist() == [1, 2, 3]
+    assert metrics.positions(unit(10, 30, 60), unit(0, 90, 180)).tolist() == [1, 2, 3]
 
 
 def test_lengths_do_not_matter_to_the_rank():
     """The cosine forgets lengths: the scaled vectors give the ranks of the test above."""
     length = torch.tensor([[100.0], [0.01], [1.0]])
-    assert evaluate.ranks(unit(10, 30, 60) * length, unit(0, 90, 180) / length).tolist() == [1, 2, 3]
+    assert metrics.positions(unit(10, 30, 60) * length, unit(0, 90, 180) / length).tolist() == [1, 2, 3]
 
 
 def test_ties_count_against_us():
     """A query at 45 degrees is as close to 0 as to 90: its own is second, whichever of the two it is."""
-    assert evaluate.ranks(unit(45, 45), unit(0, 90)).tolist() == [2, 2]
+    assert metrics.positions(unit(45, 45), unit(0, 90)).tolist() == [2, 2]
 
 
 def test_a_collapsed_encoder_is_last_everywhere():
     """Seven equal vectors tie: every rank is 7 and no query is a hit. So it is where each is moved by fp32 rounding."""
     rounding = 1 + 1e-7 * torch.randn(7, 300, generator=torch.Generator().manual_seed(0))
-    assert evaluate.ranks(torch.ones(7, 300), rounding).tolist() == [7] * 7
-    assert evaluate.in_batch_accuracy(torch.ones(7, 300), rounding) == 0.0
+    assert metrics.positions(torch.ones(7, 300), rounding).tolist() == [7] * 7
+    assert metrics.in_batch_accuracy(torch.ones(7, 300), rounding) == 0.0
 
 
 def test_an_embedding_that_is_not_a_number_is_last():
     """No comparison with NaN is true, so no target is lower: rank 3 of 3."""
-    assert evaluate.ranks(torch.full((3, 2), math.nan), unit(0, 90, 180)).tolist() == [3, 3, 3]
+    assert metrics.positions(torch.full((3, 2), math.nan), unit(0, 90, 180)).tolist() == [3, 3, 3]
 
 
 def test_chunks_do_not_change_the_ranks(monkeypatch):
     """One query at a time gives what all at once give."""
-    monkeypatch.setattr(evaluate, "SCORES_AT_ONCE", 1)
-    assert evaluate.ranks(unit(10, 30, 60), unit(0, 90, 180)).tolist() == [1, 2, 3]
+    monkeypatch.setattr(metrics, "SCORES_AT_ONCE", 1)
+    assert metrics.positions(unit(10, 30, 60), unit(0, 90, 180)).tolist() == [1, 2, 3]
 
 
 def test_two_queries_may_share_a_target():
     """Both queries answer to the target at 0: first for the one at 10 degrees, second for the one at 80."""
-    assert evaluate.ranks(unit(10, 80), unit(0, 90), own=torch.tensor([0, 0])).tolist() == [1, 2]
+    assert metrics.positions(unit(10, 80), unit(0, 90), own=torch.tensor([0, 0])).tolist() == [1, 2]
 
 
 def test_recall_and_reciprocal_rank():
     """Ranks 1, 2, 4, 20: one of four is first, three are in the first ten; (1 + 1/2 + 1/4 + 1/20) / 4 = 1.8 / 4."""
     found = torch.tensor([1, 2, 4, 20])
-    assert evaluate.recall_at(found, 1) == 0.25
-    assert evaluate.recall_at(found, 10) == 0.75
-    assert evaluate.mean_reciprocal_rank(found) == pytest.approx(0.45)
+    assert metrics.recall_at(found, 1) == 0.25
+    assert metrics.recall_at(found, 10) == 0.75
+    assert metrics.mean_reciprocal_rank(found) == pytest.approx(0.45)
 
 
 @pytest.mark.parametrize("rank, value", [(1, 1.0), (3, 0.5), (7, 1 / 3), (10, 0.28906), (11, 0.0)])
 def test_ndcg_of_one_relevant_target(rank, value):
     """1 / log2(1 + rank): 1 / 1, 1 / log2(4) = 1/2, 1 / log2(8) = 1/3, 1 / log2(11) = 1 / 3.45943, and 0 beyond 10."""
-    assert evaluate.ndcg_at_10(torch.tensor([rank])) == pytest.approx(value, abs=1e-5)
+    assert metrics.ndcg_at_10(torch.tensor([rank])) == pytest.approx(value, abs=1e-5)
 
 
 def test_in_batch_accuracy_is_the_share_of_first_ranks():
     """Ranks 1, 2, 3 as above: one of three. It takes a graph and half precision, as a training step has them."""
     q = unit(10, 30, 60).bfloat16().requires_grad_()
-    assert evaluate.in_batch_accuracy(q, unit(0, 90, 180)) == pytest.approx(1 / 3)
+    assert metrics.in_batch_accuracy(q, unit(0, 90, 180)) == pytest.approx(1 / 3)
 
 
 # Spearman
@@ -113,19 +115,19 @@ def test_in_batch_accuracy_is_the_share_of_first_ranks():
 
 def test_spearman_sees_order_alone():
     """Any rising function of the scores has the same ranks: 1. Falling: -1."""
-    assert evaluate.spearman([1, 2, 3, 4], [1, 10, 100, 1000]) == pytest.approx(1.0)
-    assert evaluate.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+    assert metrics.spearman([1, 2, 3, 4], [1, 10, 100, 1000]) == pytest.approx(1.0)
+    assert metrics.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
 
 
 def test_spearman_gives_ties_their_average_rank():
     """Ranks of 1 2 2 3 are 1 2.5 2.5 4, centred -1.5 0 0 1.5; of 1 2 3 4, centred -1.5 -.5 .5 1.5. The products sum to
     4.5, the squares to 4.5 and 5: 4.5 / sqrt(22.5) = 0.948683."""
-    assert evaluate.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.948683, abs=1e-6)
+    assert metrics.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.948683, abs=1e-6)
 
 
 def test_spearman_of_a_constant_is_zero():
     """All ranks are 2, so all centred ranks are 0: no order."""
-    assert evaluate.spearman([0.5, 0.5, 0.5], [1, 2, 3]) == 0.0
+    assert metrics.spearman([0.5, 0.5, 0.5], [1, 2, 3]) == 0.0
 
 
 # V-measure
@@ -133,33 +135,33 @@ def test_spearman_of_a_constant_is_zero():
 
 def test_v_measure_of_a_perfect_clustering_is_one_whatever_the_names():
     """Every cluster holds one label, every label lies in one cluster: H(C|K) = H(K|C) = 0."""
-    assert evaluate.v_measure(["a", "a", "b", "c"], [2, 2, 0, 1]) == pytest.approx(1.0)
+    assert metrics.v_measure(["a", "a", "b", "c"], [2, 2, 0, 1]) == pytest.approx(1.0)
 
 
 def test_v_measure_of_one_cluster_is_zero():
     """One cluster says nothing of the label: H(C|K) = H(C), h = 0. H(K) = 0, so c = 1 by definition; V = 0."""
-    assert evaluate.v_measure(["a", "a", "b", "b"], [0, 0, 0, 0]) == 0.0
+    assert metrics.v_measure(["a", "a", "b", "b"], [0, 0, 0, 0]) == 0.0
 
 
 def test_v_measure_where_labels_and_clusters_are_independent_is_zero():
     """Both clusters hold one a and one b: H(C|K) = H(C) and H(K|C) = H(K), so h = c = 0, and V is 0 and not 0 / 0."""
-    assert evaluate.v_measure(["a", "a", "b", "b"], [0, 1, 0, 1]) == pytest.approx(0.0, abs=1e-12)
+    assert metrics.v_measure(["a", "a", "b", "b"], [0, 1, 0, 1]) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_v_measure_of_one_label_and_one_cluster_is_one():
     """H(C) = H(K) = 0: both are 1 by definition."""
-    assert evaluate.v_measure(["a", "a"], [0, 0]) == 1.0
+    assert metrics.v_measure(["a", "a"], [0, 0]) == 1.0
 
 
 def test_v_measure_of_one_label_in_two_clusters_is_zero():
     """H(C) = 0, so h = 1. H(K|C) = H(K), so c = 0; V = 0."""
-    assert evaluate.v_measure(["a", "a"], [0, 1]) == 0.0
+    assert metrics.v_measure(["a", "a"], [0, 1]) == 0.0
 
 
 def test_v_measure_of_a_label_cut_in_two():
     """Labels a a b b in clusters 0 0 1 2. Every cluster holds one label: h = 1. In units of ln 2: H(C) = 1, H(K) = H(C,K)
     = 1/2 * 1 + 2 * 1/4 * 2 = 1.5, H(K|C) = 1.5 - 1 = 0.5, c = 1 - 0.5 / 1.5 = 2/3; V = 2 * 2/3 / (5/3) = 0.8."""
-    assert evaluate.v_measure(["a", "a", "b", "b"], [0, 0, 1, 2]) == pytest.approx(0.8)
+    assert metrics.v_measure(["a", "a", "b", "b"], [0, 0, 1, 2]) == pytest.approx(0.8)
 
 
 # k-means
@@ -174,12 +176,12 @@ def blobs():
 def test_k_means_finds_blobs_that_lie_apart():
     """Twenty deviations lie between two blobs: the clusters are the blobs, whatever the seed."""
     for seed in range(5):
-        assert evaluate.v_measure([0] * 50 + [1] * 50 + [2] * 50, evaluate.k_means(blobs(), 3, seed)) == pytest.approx(1)
+        assert metrics.v_measure([0] * 50 + [1] * 50 + [2] * 50, metrics.k_means(blobs(), 3, seed)) == pytest.approx(1)
 
 
 def test_k_means_repeats_itself_for_a_seed():
     """Eight clusters of three blobs have many local minima: only the seed can fix which is found."""
-    first, again, other = (evaluate.k_means(blobs(), 8, seed) for seed in (1, 1, 2))
+    first, again, other = (metrics.k_means(blobs(), 8, seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -189,14 +191,14 @@ def test_k_means_leaves_the_global_random_state_alone():
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    evaluate.k_means(blobs(), 3, seed=7)
+    metrics.k_means(blobs(), 3, seed=7)
     assert torch.equal(torch.rand(1), expected)
 
 
 @pytest.mark.parametrize("k", [2, 3, 5, 9])
 def test_k_means_ends_with_more_clusters_than_distinct_points(k):
     """Two distinct points, three times each: two clusters hold them all, and the others stay empty."""
-    clusters = evaluate.k_means(unit(0, 90, 0, 90, 0, 90), k, seed=0).tolist()
+    clusters = metrics.k_means(unit(0, 90, 0, 90, 0, 90), k, seed=0).tolist()
     assert len(set(clusters)) == 2 and clusters == clusters[:2] * 3
 
 
@@ -204,14 +206,14 @@ def test_k_means_starts_an_empty_cluster_again(monkeypatch):
     """Two centres start on the first point, so that one of them gets no point; the blobs are found all the same, here
     moved by 20 lest a centre at the origin be a good one. (k-means++ draws such a start only where points repeat.)"""
     monkeypatch.setattr(torch, "multinomial", lambda *_, **__: torch.tensor([0]))
-    assert evaluate.v_measure([0] * 50 + [1] * 50 + [2] * 50, evaluate.k_means(blobs() + 20, 3, seed=0)) == pytest.approx(1)
+    assert metrics.v_measure([0] * 50 + [1] * 50 + [2] * 50, metrics.k_means(blobs() + 20, 3, seed=0)) == pytest.approx(1)
 
 
 def test_k_means_keeps_the_best_restart():
     """Five restarts begin with the one that restarts=1 makes: their squared distance is never larger, and for eight
     clusters of three blobs it is smaller for some seed."""
     def squared_distance(seed, restarts):
-        x, clusters = blobs(), evaluate.k_means(blobs(), 8, seed, restarts)
+        x, clusters = blobs(), metrics.k_means(blobs(), 8, seed, restarts)
         return sum((x[clusters == c] - x[clusters == c].mean(0)).square().sum().item() for c in clusters.unique())
 
     one, five = ([squared_distance(seed, restarts) for seed in range(4)] for restarts in (1, 5))
@@ -225,7 +227,7 @@ def test_k_means_keeps_the_best_restart():
 def test_embed_keeps_the_order_drops_nothing_and_restores_the_mode(tokenizer, training):
     """Texts of 1, 3 and 2 words are embedded by length and come back in their order; 0.9 dropout would show."""
     encoder = Compass().train(training)
-    vectors = evaluate.embed(encoder, tokenizer, ["east", "north north west", "south south"], **SIZES)
+    vectors = embed(encoder, tokenizer, ["east", "north north west", "south south"], **SIZES)
     assert vectors.tolist() == [[1, 0], [-1, 2], [0, -2]]
     assert vectors.dtype == torch.float32 and not vectors.requires_grad
     assert encoder.training == encoder.dropout.training == training
@@ -236,7 +238,7 @@ def test_embed_refuses_what_is_not_a_number(tokenizer):
     encoder = Compass()
     encoder.table.weight[4] = math.nan
     with pytest.raises(ValueError, match="not finite"):
-        evaluate.embed(encoder, tokenizer, ["east", "north"], **SIZES)
+        embed(encoder, tokenizer, ["east", "north"], **SIZES)
 
 
 def test_retrieval_counts_equal_targets_once(tokenizer):
@@ -244,7 +246,7 @@ def test_retrieval_counts_equal_targets_once(tokenizer):
     own first. "west" is at cosine 0 to north and south, at -1 to its own east: rank 3. Had both easts stayed, "east" would
     tie and be second. MRR (3 + 1/3) / 4 = 10/12; nDCG (3 + 1 / log2(4)) / 4 = 3.5 / 4."""
     pairs = [Pair("north north west", "north"), Pair("east", "east"), Pair("west", " east"), Pair("south", "south")]
-    assert evaluate.retrieval(Compass(), tokenizer, pairs, **SIZES) == {
+    assert metrics.retrieval(Compass(), tokenizer, pairs, **SIZES) == {
         "recall@1": 0.75, "recall@10": 1.0, "mrr": pytest.approx(10 / 12), "ndcg@10": 0.875, "targets": 3}
 
 
@@ -253,8 +255,8 @@ def test_similarity_finds_no_order_in_rounding(monkeypatch):
     noise = 1e-7 * torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
     a, b = 1 + noise, 1 + noise.roll(1, 0)
     assert len(set(torch.cosine_similarity(a, b).tolist())) > 1
-    monkeypatch.setattr(evaluate, "embed", lambda *args: a if args[2][0] == "a" else b)
-    assert evaluate.similarity(None, None, [("a", "b", score) for score in range(20)], **SIZES)["spearman"] == 0.0
+    monkeypatch.setattr(metrics, "embed", lambda *args: a if args[2][0] == "a" else b)
+    assert metrics.similarity(None, None, [("a", "b", score) for score in range(20)], **SIZES)["spearman"] == 0.0
 
 
 # the command
@@ -271,7 +273,7 @@ def lines(path, *values):
 
 
 def printed(capsys, *argv):
-    evaluate.main(list(argv))
+    evaluation.main(list(argv))
     (line,) = capsys.readouterr().out.splitlines()
     return json.loads(line)
 
@@ -319,13 +321,13 @@ def test_a_bad_file_ends_in_one_line_and_status_2(compass, tmp_path, capsys, fla
     """The line names the file, and the line and field where there is one."""
     file = tmp_path / "bad.jsonl"
     file.write_text(content)
-    assert refused(capsys, "M", flag, str(file)).startswith(f"evaluate.py: {file}")
+    assert refused(capsys, "M", flag, str(file)).startswith(f"evaluation: {file}")
     assert expected in refused(capsys, "M", flag, str(file))
 
 
 def refused(capsys, *argv):
     with pytest.raises(SystemExit, match="2"):
-        evaluate.main(list(argv))
+        evaluation.main(list(argv))
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1
     return err
@@ -358,5 +360,5 @@ def test_a_saved_encoder_is_measured(tokenizer, tmp_path, capsys):
 def test_flags_that_cannot_work_are_refused(capsys, flags):
     """Two tokens leave no room for a word; a forward pass needs a token; one file is measured at a time."""
     with pytest.raises(SystemExit, match="2"):
-        evaluate.main(["M", "--pairs", "a.jsonl", *flags])
+        evaluation.main(["M", "--pairs", "a.jsonl", *flags])
     assert flags[0] in capsys.readouterr().err.splitlines()[-1]

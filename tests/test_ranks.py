@@ -14,11 +14,11 @@ import memory
 from experiments.law import K, TAU, cut, texts_of, toy, vector
 from losses import pair_loss
 from memory import LossScale, MicroBatch
-from ranks import Ranks
-from test_train import FLAGS, folder  # noqa: F401, a fixture
+from plumbing.ranks import Ranks
+from tests.test_train import FLAGS, folder  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is installed on Linux alone")
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def python(*arguments):
@@ -55,7 +55,7 @@ def test_the_law_sees_a_factor_of_the_world_size():
 
 
 PLANTED = """import sys, train
-from ranks import Gather
+from plumbing.ranks import Gather
 honest = Gather.backward
 Gather.backward = staticmethod(lambda ctx, gradient: (2 * honest(ctx, gradient)[0], None))
 train.main(sys.argv[1:])
@@ -76,7 +76,7 @@ def test_check_passes_on_two_ranks_and_fails_where_a_factor_is_planted(folder):
 
 TOLD = """import torch
 from pathlib import Path
-from ranks import Ranks
+from plumbing.ranks import Ranks
 
 ranks = Ranks()
 r = ranks.rank

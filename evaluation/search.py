@@ -1,0 +1,57 @@
+"""Exact search among more vectors than fit in memory: cosines block by block, no index.
+
+Axis letters: M queries, K texts of a pool, C nearest ones, D width. A pool's vectors come in chunks, arrays (k, D) or files of
+them, of length 1. A position in a pool is 0-based; a position among search results is 1-based.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.metrics import SCORES_AT_ONCE, TIE
+
+Cells = tuple[np.ndarray, np.ndarray]  # (which queries, which positions of a pool), one entry a cell
+NONE = np.empty(0, int), np.empty(0, int)
+
+
+def blocks(q: Tensor, chunks: list[Path | np.ndarray], excluded: Cells) -> Iterator[tuple[slice, int, Tensor]]:
+    """Cosines of queries q (M, D) and a pool, -inf where excluded -> which queries, the position of the first column, (m, k)."""
+    first, order = 0, np.argsort(excluded[1])
+    query, position = excluded[0][order], excluded[1][order].astype(int)
+    for chunk in chunks:
+        vectors = torch.from_numpy(np.load(chunk) if isinstance(chunk, Path) else chunk).to(q.device)
+        size = max(1, SCORES_AT_ONCE // len(vectors))
+        here = slice(*np.searchsorted(position, (first, first + len(vectors))))
+        for start in range(0, len(q), size):
+            cosine = q[start : start + size] @ vectors.T
+            i, j = query[here] - start, position[here] - first
+            inside = (i >= 0) & (i < len(cosine))
+            cosine[torch.from_numpy(i[inside]), torch.from_numpy(j[inside])] = -torch.inf
+            yield slice(start, start + size), first, cosine
+        first += len(vectors)
+
+
+def positions(q: Tensor, own: Tensor, chunks: list[Path | np.ndarray], excluded: Cells) -> np.ndarray:
+    """1-based position of each query's own target among itself and a pool, in which it is excluded: 1 + the number of texts as near
+    to the query, or nearer. Ties count against us, as in `metrics.positions`. q, own (M, D) -> (M,)."""
+    cosine, found = (q * own).sum(1), torch.ones(len(q), dtype=torch.long, device=q.device)
+    for rows, _, block in blocks(q, chunks, excluded):
+        found[rows] += (block >= cosine[rows, None] - TIE).sum(1)
+    return found.cpu().numpy()
+
+
+def nearest(
+    q: Tensor, chunks: list[Path | np.ndarray], count: int, excluded: Cells = NONE
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest texts of a pool, the nearest first; of equal ones at the end of the list, those that torch.topk gives.
+    -> positions (M, C), cosines (M, C), -inf where a pool has no more."""
+    best = torch.full((len(q), count), -torch.inf, device=q.device)
+    position = torch.zeros_like(best, dtype=torch.long)
+    for rows, first, block in blocks(q, chunks, excluded):
+        top = block.topk(min(count, block.shape[1]))
+        best[rows], order = torch.cat([best[rows], top.values], 1).topk(count)
+        position[rows] = torch.cat([position[rows], top.indices + first], 1).gather(1, order)
+    return position.cpu().numpy(), best.cpu().numpy()

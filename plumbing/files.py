@@ -1,0 +1,38 @@
+"""A folder is written whole or not at all: under another name, which it loses when every byte is on disk."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+def publish(directory: Path, write: Callable[[Path], None], replace: bool = True) -> None:
+    """write(part) fills a folder, which takes its name only when every byte of it is on disk. Where one of that name is by
+    then, it goes first, or without `replace` stays: another process has made the same.
+    Raises OSError when it cannot be written: the libraries' own errors for a full disk are of no common class."""
+    part = directory.with_name(f"{directory.name}.part-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)  # a killed process may have had the same number
+    part.mkdir(parents=True)
+    try:
+        write(part)
+        for path in [*part.rglob("*"), part]:
+            sync(path)
+        if replace:
+            shutil.rmtree(directory, ignore_errors=True)
+        os.rename(part, directory)
+        sync(directory.parent)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError) and not replace and directory.is_dir():
+            return
+        if type(error) is Exception or isinstance(error, SafetensorError):
+            raise OSError(f"{directory} cannot be written: {error}") from error
+        raise
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
