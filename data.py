@@ -1,20 +1,22 @@
-"""Source-wise batches (§5.1): sources with sampling rates, batches from one source at a time.
+"""Source-wise batches (§5.1): sources with sampling rates, and batches from one source at a time.
 
-    manifest -> load_sources -> [Source] -> SourceBatches -> Batch(source, rows) -> make_micro_batches -> [MicroBatch]
+    manifest -> load_sources -> [Source] -> SourceBatches -> Batch(source, rows)
+    Batch.texts -> make_micro_batches -> [MicroBatch]
 
-Paper: for every new batch one source is drawn at random by its sampling rate, and the batch is filled from that source
-alone; pairs inside a source are shuffled beforehand. Ours: all the rest, as the comments say. Nothing here knows about
-models, losses or process groups: `rank` and `world_size` are two integers.
+Paper: for every new batch one source is drawn at random by its sampling rate, and the batch is
+filled from that source alone; the pairs of a source are shuffled beforehand. Ours: all the rest,
+as the comments say. Stage I, the pre-training of the backbone, is not here; stage II trains on
+pairs (§5.1), stage III on pairs with negatives (§5.2), and both take their batches from here.
 
-A corpus may be larger than memory. Each file is read once into an index on disk (per row: where it stands, and 8-byte
-hashes of its texts). Batches are decided on the hashes, and a text is read only when its row is due on this rank.
+A corpus may be larger than memory. Batches are decided on an index of 8-byte hashes, which is on
+disk, and a text is read only when its row is due on this rank. Nothing here knows about models,
+losses or process groups: `rank` and `world_size` are two integers.
 """
 
-import gzip
 import json
-import shutil
+import math
+from collections import deque
 from collections.abc import Iterator
-from hashlib import blake2b
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -26,273 +28,284 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertTokenizer
 
-from corpora.formats import Row, read_lines, read_rows, records, text_hash
+from corpora.formats import Row, read_manifest, read_rows, records, text_hash
+from corpora.index import is_among, line_number, open_index
 from plumbing.files import publish
 
-EVAL_TARGETS = 1000  # Ours: held-out targets per source at most, and at most one in twenty
+EVAL_TARGETS = 1000  # Ours: held-out targets of a source at most, and at most one in twenty
+EPOCHS_TRIED = 10  # Ours: how many rows of an epoch fit together depends on its order
 TOKENIZER_ROWS = 500_000  # Ours: more rows than this change a vocabulary of 30,000 very little
-ROW = np.dtype([("offset", "<u8"), ("item", "<u4"), ("negatives", "<u4"), ("first_negative", "<u8"),
-                ("query", "<u8"), ("positive", "<u8")])  # a change here, or in `records`, wants another .cache/v1
-
-
-class Batch:
-    """Rows of one source, and their texts to embed. It alone knows how these are ordered: all queries, all positives, all
-    negatives row by row; a text that stands several times among them is embedded once. Axis letters: B rows, N negatives of
-    a row, M distinct texts, D width."""
-
-    def __init__(self, source: str, rows: list[Row], dropped: int, digest: str):
-        self.source = source
-        self.rows = rows  # this rank's slice of the global batch
-        self.dropped = dropped  # rows left over by the epoch that ended before this batch: they could not fill one
-        self.digest = digest  # of the ids of the global batch: equal for equal batches
-        texts = [row.query for row in rows] + [row.positive for row in rows]
-        texts += [text for row in rows for text in row.negatives]
-        number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        self.texts = list(number)  # distinct
-        self.inverse = torch.tensor([number[text] for text in texts])
-
-    def split(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(M, D) of `texts` -> q (B, D), p (B, D), n (B, N, D); n is None where the rows have no negatives."""
-        B = len(self.rows)
-        q, p, n = embeddings[self.inverse].split([B, B, len(self.inverse) - 2 * B])
-        return q, p, n.view(B, -1, n.shape[1]) if len(n) else None
 
 
 # sources
 
 class Source:
-    """A file of pairs with a name and a sampling rate. `load_sources` sets `train`, ids of the rows to train on, and
-    `held_out`, the rows to evaluate on."""
+    """A file of pairs with a name and a sampling rate. `hold_out` sets what is evaluated on."""
 
-    def __init__(self, name: str, path: Path, rate: float, kind: str, cache: Path, eval: Path | None = None,
-                 collection: Path | None = None):
-        self.name, self.path, self.rate, self.kind, self.cache = name, path, rate, kind, cache
-        self.eval, self.collection = eval, collection
+    def __init__(self, name: str, path: Path, rate: float, kind: str, cache: Path,
+                 eval: Path | None = None, collection: Path | None = None):
         if not path.is_file():
             raise FileNotFoundError(f"source {name}: {path}: no such file")
-        stat = path.stat()  # a changed file is a new one
-        version = blake2b(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode(), digest_size=8).hexdigest()
-        done = cache / f"{path.name.split('.')[0]}-{version}"
-        if not done.is_dir():
-            publish(done, self._index, replace=False)
-        self.index, self.negative_hashes = (
-            np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
-            for file, dtype in ((done / "rows", ROW), (done / "negatives", np.dtype("<u8"))))
+        self.name, self.path, self.rate, self.kind = name, path, rate, kind
+        self.cache, self.eval, self.collection = cache, eval, collection
+        opened = open_index(name, path, cache)
+        self.index, self.negative_hashes, self.file, self.fingerprint = opened
         if not len(self.index):
             raise ValueError(f"source {name}: {path} holds no pair")
-        self.file = open(done / "unpacked.jsonl" if path.suffix == ".gz" else path, "rb")
-        fingerprint = blake2b(self.index, digest_size=8)
-        fingerprint.update(self.negative_hashes)
-        self.fingerprint = fingerprint.hexdigest()
-
-    def _index(self, directory: Path) -> None:
-        if self.path.suffix == ".gz" or self.path.stat().st_size > 1 << 27:
-            print(f"source {self.name}: indexing and unpacking {self.path} once, into {self.cache}", flush=True)
-        first = 0
-        with open(directory / "rows", "wb") as rows, open(directory / "negatives", "wb") as negatives:
-            for offset, line in read_lines(self.path):
-                for item, row in enumerate(line):
-                    values = offset, item, len(row.negatives), first, text_hash(row.query), text_hash(row.positive)
-                    rows.write(np.array(values, ROW).tobytes())
-                    negatives.write(np.array([text_hash(text) for text in row.negatives], "<u8").tobytes())
-                    first += len(row.negatives)
-        if self.path.suffix == ".gz":
-            with gzip.open(self.path, "rb") as packed, open(directory / "unpacked.jsonl", "wb") as file:
-                shutil.copyfileobj(packed, file, 1 << 20)
 
     def read(self, row: int) -> Row:
         self.file.seek(int(self.index["offset"][row]))
-        return records(json.loads(self.file.readline()))[int(self.index["item"][row])]._replace(id=int(row))
+        rows = records(json.loads(self.file.readline()))
+        return rows[self.index["item"][row]]._replace(id=int(row))
+
+    def hashes(self, row: int) -> tuple[int, int, list[int]]:
+        """Of the query, of the positive and of each negative."""
+        _, _, count, first, query, positive = self.index[row].tolist()
+        return query, positive, self.negative_hashes[first : first + count].tolist()
 
     def usable(self, rows: np.ndarray) -> int:
-        """How many of these rows an epoch can give at most, when no text stands twice in it."""
+        """How many of these rows one batch can hold at most. No text stands twice in it, so no more
+        than there are distinct queries, or distinct positives."""
         return min(len(np.unique(self.index[side][rows])) for side in ("query", "positive"))
-
-    def line_number(self, row: int) -> int:
-        with open(self.file.name, "rb") as file:
-            return next(number for number, _ in enumerate(file, 1) if file.tell() > self.index["offset"][row])
 
 
 def load_sources(manifest: Path | str) -> list[Source]:
-    """Opens the sources that a manifest names, and holds out what they are evaluated on.
-
-    manifest: a JSON list of {"name", "path", "rate", "kind", "eval", "collection", "licence"} (rate 1 and kind "retrieval"
-    unless said; "similarity" is for §5.2's random negatives; a collection is a file whose targets may become negatives too),
-    or sentence-transformers' data_config.json ({"name", "lines", "weight"}). Paths are relative to it. Indices and unpacked
-    files go into `.cache` beside it.
-
-    Held out: min(1,000, 5 %) of a source's targets, by hash, or the targets of its `eval` file (of which 1,000 pairs are
-    evaluated). What one source holds out, no source trains on, neither as a target nor as a query.
-    Raises OSError or ValueError, one line each.
-    """
-    manifest, sources = Path(manifest), []
-    if not manifest.is_file():
-        raise FileNotFoundError(f"{manifest}: no such manifest")
-    try:
-        entries = json.loads(manifest.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{manifest}: not JSON ({error}); a manifest is a JSON list of sources") from None
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{manifest}: expected a list of sources, each an object with a name and a path")
-    for number, entry in enumerate(entries, 1):
-        defaults = {"name": None, "path": entry.get("name"), "rate": entry.get("weight", 1), "kind": "retrieval", "eval": None,
-                    "collection": None}
-        name, path, rate, kind, held_out, collection = (entry.get(field, default) for field, default in defaults.items())
-        where, known = f"{manifest}, source {number}", [*defaults, "licence", "lines", "weight"]
-        for unknown in set(entry) - set(known):
-            raise ValueError(f'{where}: unknown field "{unknown}"; known are {", ".join(known)}')
-        for field, found, good, expected in [
-                ("name", name, isinstance(name, str) and name not in [s.name for s in sources], "a text, each name once"),
-                ("path", path, isinstance(path, str), "a text"),
-                ("rate", rate, type(rate) in (int, float) and 0 < rate < float("inf"), "a number above 0"),
-                ("kind", kind, kind in ("retrieval", "similarity"), '"retrieval" or "similarity"'),
-                ("eval", held_out, held_out is None or isinstance(held_out, str), "a text"),
-                ("collection", collection, collection is None or isinstance(collection, str), "a text")]:
-            if not good:
-                raise ValueError(f'{where}: field "{field}": found {found!r}, expected {expected}')
-        sources.append(Source(name, manifest.parent / path, rate, kind, manifest.parent / ".cache" / "v1",
-                              *(file and manifest.parent / file for file in (held_out, collection))))
-    for source in sources:
-        order = np.lexsort((source.index["query"], source.index["positive"]))  # by hash: at random, whatever the file's order
-        targets, first = np.unique(source.index["positive"][order], return_index=True)
-        chosen = order[first[: min(EVAL_TARGETS, len(targets) // 20)]]
-        rows = read_rows(source.eval) if source.eval else map(source.read, chosen)
-        source.held_out = list({text_hash(row.positive): row for row in rows}.values())
-        if source.eval and not source.held_out:
-            raise ValueError(f"source {source.name}: {source.eval} holds no pair")
-    held_out = {text_hash(row.positive) for source in sources for row in source.held_out}
-    for source in sources:
-        source.held_out = list({text_hash(row.query): row for row in source.held_out}.values())[:EVAL_TARGETS]
-        source.held_out_hashes = held_out
-        query, positive = (np.isin(source.index[side], np.array(list(held_out), "<u8")) for side in ("query", "positive"))
-        source.train = np.flatnonzero(~(query | positive))
+    """Opens the sources that a manifest (see corpora/formats.py) names, and holds out what they are
+    evaluated on. Indices and unpacked files go into `.cache` beside it.
+    Raises OSError or ValueError, one line each."""
+    manifest = Path(manifest)
+    cache = manifest.parent / ".cache" / "v1"
+    sources = [Source(**entry, cache=cache) for entry in read_manifest(manifest)]
+    hold_out(sources)
     return sources
+
+
+def hold_out(sources: list[Source]) -> None:
+    """Sets `held_out`, a source's rows to evaluate on, one a query; `held_out_hashes`, of the targets
+    of all sources; and `train`, the ids of the rows to train on: what one source holds out, no source
+    trains on, neither as a target nor as a query, for equation (4) is symmetric."""
+    for source in sources:
+        source.held_out = held_out_targets(source)
+    hashes = {text_hash(row.positive) for source in sources for row in source.held_out}
+    for source in sources:
+        by_query = {text_hash(row.query): row for row in source.held_out}
+        source.held_out = list(by_query.values())[:EVAL_TARGETS]
+        source.held_out_hashes = hashes
+        query, positive = source.index["query"], source.index["positive"]
+        source.train = np.flatnonzero(~is_among(query, hashes) & ~is_among(positive, hashes))
+
+
+def held_out_targets(source: Source) -> list[Row]:
+    """A row for each target of the `eval` file, or else for min(1,000, 5 %) of the source's own."""
+    if source.eval:
+        rows = list(read_rows(source.eval))
+        if not rows:
+            raise ValueError(f"source {source.name}: {source.eval} holds no pair")
+    else:  # those of the smallest hashes: at random, and whatever the order of the file
+        order = np.lexsort((source.index["query"], source.index["positive"]))
+        targets, first = np.unique(source.index["positive"][order], return_index=True)
+        count = min(EVAL_TARGETS, len(targets) // 20)
+        rows = [source.read(row) for row in order[first[:count]]]
+    return list({text_hash(row.positive): row for row in rows}.values())
 
 
 # batches
 
+class Batch:
+    """Rows of one source, and their texts to embed. Only here it is known how these are ordered: all
+    queries, all positives, all negatives row by row; equal texts are embedded once. Axis letters: B
+    rows, N negatives of a row, M distinct texts, D width."""
+
+    def __init__(self, source: str, rows: list[Row], dropped: int, digest: str):
+        self.source = source
+        self.rows = rows  # this rank's slice of the global batch
+        self.dropped = dropped  # rows that an epoch left over when it ended before this batch
+        self.digest = digest  # of the ids of the global batch: equal for equal batches
+        texts = [row.query for row in rows] + [row.positive for row in rows]
+        texts += [text for row in rows for text in row.negatives]
+        self.texts = list(dict.fromkeys(texts))  # M
+        position = {text: i for i, text in enumerate(self.texts)}
+        self.inverse = torch.tensor([position[text] for text in texts])  # (B + B + B N,)
+
+    def split(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(M, D), of `texts` -> q (B, D), p (B, D), n (B, N, D); n is None without negatives."""
+        B, D = len(self.rows), embeddings.shape[1]
+        q, p, n = embeddings[self.inverse].split([B, B, len(self.inverse) - 2 * B])
+        return q, p, n.view(B, -1, D) if len(n) else None
+
+
 class SourceBatches(Iterator):
     """Endless iterator of source-wise batches, the same global batches for every number of ranks.
 
-    batch_size: rows of the global batch; rank r gets rows r * batch_size / world_size and on. negatives: how many negatives
-    a row gives: 0 in stage II, 15 in the paper's stage III, None for whatever it has.
+    batch_size: rows of the global batch; rank r gets those from r * batch_size / world_size on.
+    negatives: how many a row gives: 0 in stage II, 15 in the paper's stage III, None for all.
 
-    Ours: no text stands twice in a global batch, as query or positive, and none of these among the negatives: in equations
-    (4) and (5) it would be contrasted with its own copy, or with its answer's. A row that collides waits for its source's
-    next batch. Every draw has a seed of its own: the source of a batch (seed, step), the order of an epoch (seed, source,
-    epoch), a row's negatives (seed, source, epoch, row). So the state is a cursor and the ids of the rows that wait, and
-    resuming replays nothing.
+    Ours: no text stands twice in a global batch, as query or positive, and none of these among the
+    negatives: in (4) and (5) it would be contrasted with its own copy, or with its answer's. A row
+    that collides waits for its source's next batch. Every draw has a seed of its own: the source of
+    a batch (seed, step), the order of an epoch (seed, source, epoch), a row's negatives (seed,
+    source, epoch, row). So the state is a cursor and the ids of the rows that wait, and resuming
+    replays nothing. Raises ValueError where a source cannot fill a batch.
     """
 
-    def __init__(self, sources: list[Source], batch_size: int, seed: int, rank: int = 0, world_size: int = 1,
-                 negatives: int | None = None):
+    def __init__(self, sources: list[Source], batch_size: int, seed: int, rank: int = 0,
+                 world_size: int = 1, negatives: int | None = None):
         if batch_size % world_size:
-            raise ValueError(f"--batch-size {batch_size} is not a multiple of the {world_size} ranks; it is the global batch")
-        self.sources, self.batch_size, self.seed, self.negatives = sources, batch_size, seed, negatives
-        self.own = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-        self.rates = np.array([source.rate for source in sources]) / sum(source.rate for source in sources)
-        self.step, self.states, self.orders, self.rows = 0, {}, {}, {}
+            raise ValueError(f"--batch-size {batch_size} is not a multiple of the {world_size} "
+                             f"ranks; it is the global batch")
+        self.sources, self.batch_size, self.seed = sources, batch_size, seed
+        self.negatives = negatives
+        self.slice = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        rates = [source.rate for source in sources]
+        self.probabilities = np.array(rates) / sum(rates)
+        self.step = 0
+        self.states = {}  # by source: what `state_dict` saves
+        self.rows = {}  # by source: the ids of what an epoch gives
+        self.orders = {}  # by source: the same, shuffled for the epoch it is in
         for source in sources:
-            rows = source.train
-            if negatives:
-                counts = source.index["negatives"][rows].astype(int)
-                if counts.min(initial=negatives) < negatives:
-                    raise ValueError(f"{source.path}, line {source.line_number(rows[counts.argmin()])}: {counts.min()} "
-                                     f"negatives, but --negatives {negatives}; lower it, or mine more")
-                barred = np.isin(source.negative_hashes, np.array(list(source.held_out_hashes), "<u8"))
-                before, first = np.concatenate([[0], barred.cumsum()]), source.index["first_negative"][rows].astype(int)
-                rows = rows[counts - (before[first + counts] - before[first]) >= negatives]
-                if rank == 0 and len(rows) < len(source.train):
-                    print(f"source {source.name}: {len(source.train) - len(rows)} of {len(source.train)} rows are left out: "
-                          f"fewer than {negatives} of their negatives are not held out")
-            if source.usable(rows) < batch_size:
-                raise ValueError(f"source {source.name}: {source.usable(rows)} usable pairs (distinct queries and targets, "
-                                 f"hold-out aside), but --batch-size {batch_size}; lower it, or merge the source with another")
-            self.states[source.name], self.rows[source.name] = {"epoch": 0, "cursor": 0, "waiting": []}, rows
+            rows = with_negatives(source, negatives) if negatives else source.train
+            left_out = len(source.train) - len(rows)
+            if left_out and rank == 0:
+                print(f"source {source.name}: {left_out} of {len(source.train)} rows are left out: "
+                      f"fewer than {negatives} of their negatives are not held out")
+            usable = source.usable(rows)
+            if usable < batch_size:
+                raise ValueError(f"source {source.name}: {usable} usable pairs (distinct queries "
+                                 f"and targets, hold-out aside), but --batch-size {batch_size}; "
+                                 f"lower it, or merge the source with another")
+            self.rows[source.name] = rows
+            self.states[source.name] = {"epoch": 0, "cursor": 0, "waiting": []}
 
     def __next__(self) -> Batch:
-        source = self.sources[np.random.default_rng([self.seed, self.step]).choice(len(self.sources), p=self.rates)]
+        source, dropped = self._draw_source(), 0
         self.step += 1
-        state, dropped = self.states[source.name], 0
-        for _ in range(10):  # how many rows of an epoch fit together depends on its order
-            picked = self._fill(source, state)
+        for _ in range(EPOCHS_TRIED):
+            picked = self._fill(source)
             if len(picked) == self.batch_size:
+                digest = text_hash(str([row for row, _ in picked]))
+                rows = []
+                for row, chosen in picked[self.slice]:
+                    row = source.read(row)
+                    rows.append(row._replace(negatives=[row.negatives[j] for j in chosen]))
+                return Batch(source.name, rows, dropped, f"{digest:016x}")
+            dropped += len(picked) + self._end_epoch(source)
+        raise ValueError(f"source {source.name}: a whole epoch gives {len(picked)} rows that fit "
+                         f"together (no text twice, none among the negatives), but --batch-size "
+                         f"{self.batch_size}; lower it")
+
+    def _draw_source(self) -> Source:
+        """Paper: at random, by the sampling rates."""
+        rng = np.random.default_rng([self.seed, self.step])
+        return self.sources[rng.choice(len(self.sources), p=self.probabilities)]
+
+    def _fill(self, source: Source) -> list[tuple[int, list[int]]]:
+        """(row, which of its negatives) for a batch in which no text stands twice: of the rows that
+        wait, then on from the cursor. Fewer than a batch where the epoch has no more."""
+        state, order = self.states[source.name], self._order(source)
+        waiting, collided = deque(state["waiting"]), []
+        picked, texts, negatives = [], set(), set()
+        while len(picked) < self.batch_size:
+            if waiting:
+                row = waiting.popleft()
+            elif state["cursor"] < len(order):
+                row = int(order[state["cursor"]])
+                state["cursor"] += 1
+            else:
                 break
-            dropped += len(picked) + len(state["waiting"])
-            state.update(epoch=state["epoch"] + 1, cursor=0, waiting=[])
-        else:
-            raise ValueError(f"source {source.name}: a whole epoch gives {len(picked)} rows that fit together (no text twice, "
-                             f"none among the negatives), but --batch-size {self.batch_size}; lower it")
-        rows = [(source.read(row), chosen) for row, chosen in picked[self.own]]
-        rows = [row._replace(negatives=[row.negatives[j] for j in chosen]) for row, chosen in rows]
-        return Batch(source.name, rows, dropped, f"{text_hash(str([row for row, _ in picked])):016x}")
+            pair = set(source.hashes(row)[:2])
+            chosen = self._draw_negatives(source, row)
+            too_few = len(chosen) < (self.negatives or 0)  # for its own texts are among them
+            if too_few or pair & texts or pair & negatives or not texts.isdisjoint(chosen.values()):
+                collided.append(row)
+                continue
+            picked.append((row, list(chosen)))
+            texts |= pair
+            negatives.update(chosen.values())
+        state["waiting"] = [*collided, *waiting]
+        return picked
 
-    def _fill(self, source: Source, state: dict) -> list[tuple[int, list[int]]]:
-        """Takes (row, which of its negatives) for a batch: those that wait first, then on from the cursor."""
-        if self.orders.get(source.name, (None,))[0] != state["epoch"]:
-            rng = np.random.default_rng([self.seed, text_hash(source.name), state["epoch"]])
-            self.orders[source.name] = state["epoch"], rng.permutation(self.rows[source.name])
-        order = self.orders[source.name][1]
-        picked, waiting, texts, negatives = [], [], set(), set()
-        block = np.array(state["waiting"], int)
-        while True:
-            for row, *pair in zip(block.tolist(), *(source.index[side][block].tolist() for side in ("query", "positive"))):
-                if len(picked) == self.batch_size or not texts.isdisjoint(pair) or not negatives.isdisjoint(pair):
-                    waiting.append(row)
-                    continue
-                chosen, keys = self._negatives(source, row, pair, state["epoch"])
-                if not keys.isdisjoint(texts) or len(chosen) < (self.negatives or 0):  # too few: its own texts are among them
-                    waiting.append(row)
-                    continue
-                picked.append((row, chosen))
-                texts.update(pair)
-                negatives |= keys
-            block = order[state["cursor"] : state["cursor"] + self.batch_size - len(picked)]
-            if not len(block):
-                state["waiting"] = waiting
-                return picked
-            state["cursor"] += len(block)
+    def _order(self, source: Source) -> np.ndarray:
+        """Paper: shuffled beforehand. Ours: anew for every epoch."""
+        if source.name not in self.orders:
+            epoch = self.states[source.name]["epoch"]
+            rng = np.random.default_rng([self.seed, text_hash(source.name), epoch])
+            self.orders[source.name] = rng.permutation(self.rows[source.name])
+        return self.orders[source.name]
 
-    def _negatives(self, source: Source, row: int, pair: list[int], epoch: int) -> tuple[list[int], set[int]]:
-        """Which of its negatives a row gives in this epoch, and their keys."""
+    def _draw_negatives(self, source: Source, row: int) -> dict[int, int]:
+        """{which: hash} of the negatives that a row gives in this epoch: no held-out target, and
+        neither of its own texts. Fewer than `negatives` where no more are left."""
         if self.negatives == 0:
-            return [], set()
-        first, count = int(source.index["first_negative"][row]), int(source.index["negatives"][row])
-        keys = source.negative_hashes[first : first + count].tolist()
-        chosen = [j for j, k in enumerate(keys) if k not in pair and k not in source.held_out_hashes]
-        if self.negatives is not None and len(chosen) > self.negatives:
-            rng = np.random.default_rng([self.seed, text_hash(source.name), epoch, row])
-            chosen = sorted(rng.choice(chosen, self.negatives, replace=False).tolist())
-        return chosen, {keys[j] for j in chosen}
+            return {}
+        query, positive, hashes = source.hashes(row)
+        left = {j: hash for j, hash in enumerate(hashes)
+                if hash not in (query, positive) and hash not in source.held_out_hashes}
+        if self.negatives is None or len(left) <= self.negatives:
+            return left
+        epoch = self.states[source.name]["epoch"]
+        rng = np.random.default_rng([self.seed, text_hash(source.name), epoch, row])
+        drawn = rng.choice(list(left), self.negatives, replace=False)
+        return {j: left[j] for j in sorted(drawn.tolist())}
+
+    def _end_epoch(self, source: Source) -> int:
+        """Drops the rows that still wait. -> how many."""
+        waiting = self.states[source.name]["waiting"]
+        epoch = self.states[source.name]["epoch"] + 1
+        self.states[source.name] = {"epoch": epoch, "cursor": 0, "waiting": []}
+        del self.orders[source.name]
+        return len(waiting)
 
     def state_dict(self) -> dict:
-        """JSON-able: the step and, per source, epoch, cursor and the rows that wait; and what must be the same to go on."""
-        corpus = [[source.name, source.rate, len(source.train), source.fingerprint] for source in self.sources]
-        return {"seed": self.seed, "batch_size": self.batch_size, "negatives": self.negatives, "corpus": corpus,
-                "step": self.step, "sources": {name: dict(state) for name, state in self.states.items()}}
+        """JSON-able: the step and, per source, epoch, cursor and the rows that wait; and what must
+        be the same to go on."""
+        corpus = [[s.name, s.rate, len(s.train), s.fingerprint] for s in self.sources]
+        return {"seed": self.seed, "batch_size": self.batch_size, "negatives": self.negatives,
+                "corpus": corpus, "step": self.step,
+                "sources": {name: dict(state) for name, state in self.states.items()}}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on where `state` was taken. Raises ValueError when it was taken of other batches."""
-        for what, now in self.state_dict().items():
-            if what not in ("step", "sources") and state.get(what) != now:
-                then = state.get(what)
-                if what == "corpus":  # [name, rate, rows, fingerprint] per source; name the first that differs
-                    then, now = next(pair for pair in zip_longest(then or [], now) if pair[0] != pair[1])
-                raise ValueError(f"the checkpoint was made with another {what}: {then}, now {now}")
-        self.step, self.states = state["step"], {name: dict(saved) for name, saved in state["sources"].items()}
+        here = self.state_dict()
+        for what in ("seed", "batch_size", "negatives", "corpus"):
+            then, now = state.get(what), here[what]
+            if then == now:
+                continue
+            if what == "corpus":  # the first source that differs
+                then, now = next((a, b) for a, b in zip_longest(then or [], now) if a != b)
+            raise ValueError(f"the checkpoint was made with another {what}: {then}, now {now}")
+        self.step = state["step"]
+        self.states = {name: dict(saved) for name, saved in state["sources"].items()}
+        self.orders.clear()
+
+
+def with_negatives(source: Source, count: int) -> np.ndarray:
+    """The rows to train on of which `count` negatives are not held out. Raises ValueError naming the
+    line with the fewest negatives, where it has too few to begin with."""
+    rows = source.train
+    counts = source.index["negatives"][rows].astype(int)
+    if counts.min(initial=count) < count:
+        line = line_number(source.file, source.index["offset"][rows[counts.argmin()]])
+        raise ValueError(f"{source.path}, line {line}: {counts.min()} negatives, but --negatives "
+                         f"{count}; lower it, or mine more")
+    held_out = is_among(source.negative_hashes, source.held_out_hashes)
+    before = np.concatenate([[0], held_out.cumsum()])  # how many of the first 0, 1, 2 ... are
+    first = source.index["first_negative"][rows].astype(int)
+    return rows[counts - (before[first + counts] - before[first]) >= count]
 
 
 # tokens
 
 def train_tokenizer(sources: list[Source], vocab_size: int) -> BertTokenizer:
-    """A lower-case WordPiece tokenizer for these sources, trained on rows that are trained on, once, and kept beside them
-    (its trainer gives a slightly different vocabulary every time)."""
+    """A lower-case WordPiece tokenizer, trained on the rows that are trained on, once, and kept
+    beside the sources: its trainer gives a slightly different vocabulary every time."""
     names = " ".join(f"{source.name} {source.fingerprint}" for source in sources)
     directory = sources[0].cache / f"tokenizer-{vocab_size}-{text_hash(names):016x}"
     if not directory.is_dir():
-        print(f"training a WordPiece tokenizer of {vocab_size} entries on the sources, once, into {directory}", flush=True)
-        step = -(-sum(len(source.train) for source in sources) // TOKENIZER_ROWS)
-        texts = (text for source in sources for i in source.train[::step] for text in source.read(i)[:2])
+        print(f"training a WordPiece tokenizer of {vocab_size} entries on the sources, once, into "
+              f"{directory}", flush=True)
+        step = math.ceil(sum(len(source.train) for source in sources) / TOKENIZER_ROWS)
+        texts = (text for source in sources for row in source.train[::step]
+                 for text in source.read(row)[:2])
         wordpiece = BertWordPieceTokenizer(lowercase=True)
         wordpiece.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
         tokenizer = BertTokenizer(vocab=wordpiece.get_vocab(), model_max_length=8192)
@@ -306,28 +319,38 @@ class MicroBatch(NamedTuple):
     attention_mask: Tensor  # (b, T)
 
 
-def make_micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: int, whole: bool = False) -> list[MicroBatch]:
-    """Cuts a step's texts into micro-batches of at most `micro_tokens` tokens, padding included. whole: into one, whatever
-    its size.
-
-    Ours: sorted by length (their order is free), the longest first so that memory peaks at once, and cut early where
-    more than 1/20 of a micro-batch would be padding. All in one if that fits and is the cheaper: one pass over P padded tokens
-    costs 3 P (backward is twice forward), two passes over T tokens 4 T where no graph is kept. A single text may exceed the
-    bound.
-    """
+def make_micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: int,
+                       whole: bool = False) -> list[MicroBatch]:
+    """A step's texts in micro-batches of at most `micro_tokens` tokens, padding included; a single
+    text may exceed that. whole: all in one. Raises ValueError for a length the model cannot take."""
     if not 3 <= max_length <= tokenizer.model_max_length:  # [CLS], one token, [SEP]
-        raise ValueError(f"--max-length {max_length}: expected 3 to {tokenizer.model_max_length} tokens for this model")
-    ids = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
-    lengths = [len(x) for x in ids]
-    whole = whole or len(ids) * max(lengths) <= min(micro_tokens, sum(lengths) * 4 / 3)
-    chunks, width, tokens = [], 0, 0
-    for i in sorted(range(len(ids)), key=lambda i: -lengths[i]):
-        size = width * (len(chunks[-1]) + 1) if chunks else 0
-        if not chunks or not whole and (size > micro_tokens or tokens + lengths[i] < 0.95 * size):
+        raise ValueError(f"--max-length {max_length}: expected 3 to {tokenizer.model_max_length} "
+                         f"tokens for this model")
+    ids = tokenizer(texts, truncation=True, max_length=max_length,
+                    return_attention_mask=False)["input_ids"]
+    micro_batches = []
+    for index in split_by_length([len(x) for x in ids], micro_tokens, whole):
+        rows = [torch.tensor(ids[i]) for i in index]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        micro_batches.append(MicroBatch(torch.tensor(index), input_ids, mask))
+    return micro_batches
+
+
+def split_by_length(lengths: list[int], micro_tokens: int, whole: bool) -> list[list[int]]:
+    """Which texts go into each micro-batch. Ours: sorted by length, for their order is free, the
+    longest first so that memory peaks at once, and split early where over 1/20 of a micro-batch
+    would be padding. All in one if that fits and is cheaper: one pass over P padded tokens costs
+    3 P (backward is twice forward), two passes over T tokens 4 T where no graph is kept."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    if whole or len(lengths) * max(lengths) <= min(micro_tokens, sum(lengths) * 4 / 3):
+        return [order]
+    chunks, tokens = [order[:1]], lengths[order[0]]
+    for i in order[1:]:
+        padded = lengths[chunks[-1][0]] * (len(chunks[-1]) + 1)  # tokens, were i to join the last
+        if padded > micro_tokens or tokens + lengths[i] < 0.95 * padded:
             chunks.append([])
-            width, tokens = lengths[i], 0
+            tokens = 0
         chunks[-1].append(i)
         tokens += lengths[i]
-    return [MicroBatch(torch.tensor(chunk),
-                       pad_sequence([torch.tensor(ids[i]) for i in chunk], True, tokenizer.pad_token_id),
-                       pad_sequence([torch.ones(lengths[i], dtype=torch.long) for i in chunk], True)) for chunk in chunks]
+    return chunks

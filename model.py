@@ -1,8 +1,7 @@
-"""The pooled encoder of Jina Embeddings 2 (arXiv 2310.19923): JinaBERT (§2, Table 1) with mean pooling on top (§5), and the
-cross-encoder that validates its negatives (§5.2).
+"""The pooled encoder of Jina Embeddings 2 (arXiv 2310.19923): JinaBERT (§2, Table 1) with mean
+pooling on top (§5).
 
     texts -> tokenizer -> JinaBertModel -> hidden (B, T, D) -> mean_pool -> one vector per text (B, D)
-    (query, passage) in one text -> ...                     -> mean_pool of each -> one linear layer -> one logit (B, 1)
 
 Axis letters: B texts, T tokens, D width, H heads. Nothing here knows about losses, data or ranks. The file is
 self-contained: `save` puts a copy of it beside the weights, so that other tools can open them with
@@ -22,9 +21,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import (AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedConfig,
-                          PreTrainedModel)
-from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 
 class JinaBertConfig(BertConfig):
@@ -241,49 +239,20 @@ class PooledEncoder(nn.Module):
         return mean_pool(hidden, attention_mask)
 
 
-class CrossEncoder(PreTrainedModel):
-    """§5.2: reads a query and a passage together, [CLS] query [SEP] passage [SEP], and gives one relevance logit per pair:
-    (input_ids, attention_mask, token_type_ids), all (B, T), -> logits (B, 1).
-
-    Ours, as the paper does not describe its cross-encoder: u, v = the two texts' mean-pooled unit vectors, which attention has
-    let see each other, and one linear layer on u * v. It begins as 10 cos(u, v) - 5, what the encoder knows already; a layer
-    on the mean of all tokens would begin as nothing, and learns too little in minutes."""
-
-    config_class = JinaBertConfig
-    base_model_prefix = "bert"  # so a JinaBertModel's directory fills the backbone
-    _supports_sdpa = True
-
-    def __init__(self, config: JinaBertConfig):
-        super().__init__(config)
-        config.num_labels = 1  # transformers' default is 2
-        self.bert = JinaBertModel(config)
-        self.classifier = nn.Linear(config.hidden_size, 1)
-        self.post_init()
-        self._keys_to_ignore_on_load_unexpected = None  # not the backbone's: a published reranker's head reads its pooler
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self.classifier:
-            nn.init.constant_(module.weight, 10.0)
-            nn.init.constant_(module.bias, -5.0)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, **_) -> SequenceClassifierOutput:
-        hidden = self.bert(input_ids, attention_mask).last_hidden_state  # untyped: stages I and II have trained type 0 alone
-        u, v = (F.normalize(mean_pool(hidden, attention_mask * (token_type_ids == text)), dim=-1) for text in (0, 1))
-        return SequenceClassifierOutput(logits=self.classifier((u * v).to(self.classifier.weight.dtype)))
-
-
 def create(size: str) -> PooledEncoder:
     """A JinaBERT of one of SIZES with random weights."""
     return PooledEncoder(JinaBertModel(JinaBertConfig(**SIZES[size])))
 
 
-def _open(name_or_path: str | Path, jina: type, auto: type, **fields) -> tuple[PreTrainedModel, object, dict]:
-    """Model, tokenizer and transformers' load report, by class `jina` if it is a JinaBERT, else by class `auto` with these
-    config fields. Raises OSError where there is no model; what is missing or unknown is for `_complete` to judge."""
+def open_pretrained(
+    name_or_path: str | Path, jina: type, auto: type, **fields
+) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, dict]:
+    """Model, tokenizer and transformers' load report, by class `jina` if it is a JinaBERT, else by
+    class `auto` with these config fields. Raises OSError where there is no model; whether weights
+    are missing or unknown, `check_weights` says."""
     name = str(name_or_path)
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # its load report: `_complete` says the same, and stops
+    transformers.utils.logging.set_verbosity_error()  # `check_weights` says what its report does
     huggingface_hub.utils.logging.set_verbosity_error()  # a warning for every retry
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
@@ -312,8 +281,9 @@ def _open(name_or_path: str | Path, jina: type, auto: type, **fields) -> tuple[P
     return model, tokenizer, report  # from_pretrained leaves it in eval mode
 
 
-def _complete(name: str | Path, model: PreTrainedModel, report: dict, spare: str) -> None:
-    """Raises ValueError where weights are missing, misshapen or (JinaBERT) unknown, unless the regex `spare` finds them."""
+def check_weights(name: str | Path, model: PreTrainedModel, report: dict, spare: str) -> None:
+    """Raises ValueError where weights are missing, misshapen or (JinaBERT) unknown, unless the
+    regex `spare` finds them."""
     kinds = ["missing_keys", "mismatched_keys"] + ["unexpected_keys"] * isinstance(model.config, JinaBertConfig)
     wrong = [str(key) for kind in kinds for key in report[kind] if not re.search(spare, str(key))]
     if wrong:
@@ -327,62 +297,66 @@ def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrain
     Raises OSError where there is no model, ValueError where weights are missing or unknown: transformers would go on
     with random ones and a report. Its messages and bars are silenced for the rest of the process.
     """
-    backbone, tokenizer, report = _open(name_or_path, JinaBertModel, AutoModel)
+    backbone, tokenizer, report = open_pretrained(name_or_path, JinaBertModel, AutoModel)
     if any(key.startswith("classifier.") for key in report["unexpected_keys"]):
-        raise ValueError(f"model {name_or_path}: has a classification head, which an encoder would drop; "
-                         f"load_cross_encoder opens it")
-    _complete(name_or_path, backbone, report, spare=r"pooler\.")
+        raise ValueError(f"model {name_or_path}: has a classification head, which an encoder would "
+                         f"drop; give an encoder without one")
+    check_weights(name_or_path, backbone, report, spare=r"pooler\.")
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler.requires_grad_(False)  # BERT's own pooler plays no part in mean pooling, and stays as it came
     return PooledEncoder(backbone).eval(), tokenizer
 
 
-def load_cross_encoder(name_or_path: str | Path, new_head: bool = False
-                       ) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """Opens a cross-encoder with one logit, as `load` does: a CrossEncoder if it is a JinaBERT, or whatever
-    AutoModelForSequenceClassification opens. Raises what `load` does, and ValueError where there is no head, or one with more
-    logits; with new_head such a model gets a head with random weights."""
-    fields = {"num_labels": 1} if new_head else {}
-    model, tokenizer, report = _open(name_or_path, CrossEncoder, AutoModelForSequenceClassification, **fields)
-    head = {name for name, _ in model.named_parameters() if not name.startswith(model.base_model_prefix + ".")}
-    if not new_head and head & set(report["missing_keys"]):
-        raise ValueError(f"model {name_or_path}: is an encoder without a classification head; `python curate.py cross-encoder "
-                         f"--model {name_or_path}` trains one from it")
-    if not new_head and model.config.num_labels != 1:
-        raise ValueError(f"model {name_or_path}: its classification head has {model.config.num_labels} outputs; one logit is "
-                         f"needed")
-    _complete(name_or_path, model, report, spare="|".join([r"pooler\.", r"^cls\.", *head]) if new_head else "(?!)")
-    return model, tokenizer
-
-
-def save(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, directory: str | Path) -> None:
-    """Writes what `load` or `load_cross_encoder`, AutoTokenizer and sentence-transformers open: safetensors, tokenizer,
-    config.json, and for a PooledEncoder modules.json and 1_Pooling/config.json.
-
-    A JinaBERT also gets a copy of this file and an `auto_map`. Outside `load` such a directory needs
-    trust_remote_code=True: without it transformers builds a plain BERT with *random* weights and only reports it.
-    """
-    directory, pooled = Path(directory), isinstance(model, PooledEncoder)
-    network = model.backbone if pooled else model
+def write_pretrained(
+    network: PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    directory: str | Path,
+    **fields,
+) -> None:
+    """Writes safetensors, tokenizer and config.json. A JinaBERT also gets a copy of this file, and
+    these fields into config.json, its `auto_map` among them."""
+    directory = Path(directory)
     transformers.utils.logging.disable_progress_bar()
     network.save_pretrained(directory)
     if hasattr(tokenizer, "backend_tokenizer"):  # a few have none
-        tokenizer.backend_tokenizer.no_truncation()  # else tokenizer.json would cut everybody's texts at the last --max-length
+        # else tokenizer.json would cut everybody's texts at the last --max-length
+        tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(directory)
     if isinstance(network.config, JinaBertConfig):
-        # Text Embeddings Inference picks the architecture by `_name_or_path`; transformers 5 drops that field, writes
-        # its own class name, and leaves out every field that is at its default.
-        published = {"architectures": ["JinaBertForMaskedLM"], "_name_or_path": "jinaai/jina-bert-implementation"}
-        kind = {"AutoModel": "model.JinaBertModel"} if pooled else {"AutoModelForSequenceClassification": "model.CrossEncoder"}
-        config = network.config.to_dict() | (published if pooled else {}) | {
-            "auto_map": {"AutoConfig": "model.JinaBertConfig", **kind}}
+        # transformers 5 leaves out every field that is at its default.
+        config = network.config.to_dict() | fields
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (directory / "model.py").write_bytes(Path(__file__).read_bytes())  # not copyfile: it may be this very file
-    if not pooled:
-        return  # modules.json and 1_Pooling would call it an embedder
-    pooling = {"word_embedding_dimension": network.config.hidden_size, "pooling_mode_mean_tokens": True}
+        # not copyfile: it may be this very file
+        (directory / "model.py").write_bytes(Path(__file__).read_bytes())
+
+
+def save(
+    encoder: PooledEncoder,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    directory: str | Path,
+) -> None:
+    """Writes what `load`, AutoTokenizer and sentence-transformers open: safetensors, tokenizer,
+    config.json, modules.json and 1_Pooling/config.json.
+
+    A JinaBERT also gets a copy of this file and an `auto_map`. Outside `load` such a directory
+    needs trust_remote_code=True: without it transformers builds a plain BERT with *random* weights
+    and only reports it.
+    """
+    directory = Path(directory)
+    # Text Embeddings Inference picks the architecture by `_name_or_path`; transformers 5 drops that
+    # field, and writes its own class name.
+    write_pretrained(
+        encoder.backbone, tokenizer, directory,
+        architectures=["JinaBertForMaskedLM"], _name_or_path="jinaai/jina-bert-implementation",
+        auto_map={"AutoConfig": "model.JinaBertConfig", "AutoModel": "model.JinaBertModel"},
+    )
+    pooling = {"word_embedding_dimension": encoder.backbone.config.hidden_size,
+               "pooling_mode_mean_tokens": True}
     (directory / "1_Pooling").mkdir(exist_ok=True)
     (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2) + "\n")
-    modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-               {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    package = "sentence_transformers.models"
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{package}.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{package}.Pooling"},
+    ]
     (directory / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")

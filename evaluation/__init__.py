@@ -1,1 +1,2 @@
-"""How good embeddings are, and exact search among them. Skip it unless you change what is measured."""
+"""How good embeddings are, and exact search among them. Skip it unless you change what is
+measured."""

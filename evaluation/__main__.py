@@ -4,11 +4,13 @@
     --scored    two sentences and a human score              Spearman's correlation of cosine and score
     --labelled  a text and its class                         V-measure of k-means clusters
 
-Paper: §6 reports MTEB, whose main figures for retrieval, similarity and clustering are nDCG@10, Spearman and V-measure.
-Ours: the same figures on your own files. train.py calls `in_batch_accuracy` and `retrieval` during a run.
+Paper: §6 reports MTEB, whose main figures for retrieval, similarity and clustering are nDCG@10,
+Spearman and V-measure. Ours: the same figures on your own files. train.py calls `in_batch_accuracy`
+and `retrieval` during a run.
 
-Axis letters: M queries or texts, K targets or clusters, D width. Nothing here knows about losses, optimizers, sources
-or distributed ranks: a rank in this file is a place in a list of search results.
+Axis letters: M queries or texts, K targets or clusters, D width. Nothing here knows about losses,
+optimizers, sources or distributed ranks: a rank in this file is a place in a list of search
+results.
 """
 
 import argparse
@@ -28,9 +30,8 @@ KINDS = {"text": (str,), "a finite number": (int, float), "text or a whole numbe
 
 
 def read_fields(path: str, **fields: str) -> list[tuple]:
-    """Lines {"field": value, ...} or [value, ...] of a .jsonl or .jsonl.gz file, as tuples in the order of `fields`, each
-    one of KINDS.
-    Raises ValueError naming file, line and field."""
+    """Lines {"field": value, ...} or [value, ...] of a .jsonl or .jsonl.gz file, as tuples in the
+    order of `fields`, each one of KINDS. Raises ValueError naming file, line and field."""
     def check(value, name):
         value = formats.text_of(value, name) if isinstance(value, str) else value
         if type(value) not in KINDS[fields[name]] or isinstance(value, float) and not math.isfinite(value):

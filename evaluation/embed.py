@@ -14,11 +14,12 @@ def embed(
     max_length: int = 512,
     micro_tokens: int = 16384,
 ) -> Tensor:
-    """The texts' embeddings in their order, without dropout: (M, D) float32 on the CPU, any length (cosine ignores it).
+    """The texts' embeddings in their order, without dropout: (M, D) float32 on the CPU, any length
+    (cosine ignores it).
 
-    max_length: tokens of a text; what is longer is cut (512 is ours: the paper's pre-training length, and the most
-    that an ordinary BERT takes). micro_tokens: tokens of a forward pass, for memory only.
-    Raises ValueError where a vector is not finite.
+    max_length: tokens of a text; what is longer is cut (512 is ours: the paper's pre-training
+    length, and the most that an ordinary BERT takes). micro_tokens: tokens of a forward pass, for
+    memory only. Raises ValueError where a vector is not finite.
     """
     device, training = next(encoder.parameters()).device, encoder.training
     batches = data.make_micro_batches(tokenizer, texts, max_length, micro_tokens)

@@ -1,10 +1,11 @@
 """Metrics: how good an encoder's embeddings are on texts that it was not trained on.
 
-Paper: §6 reports MTEB, whose main figures for retrieval, similarity and clustering are nDCG@10, Spearman's correlation
-and V-measure. Ours: the same figures on your own files. train.py calls `in_batch_accuracy` and `retrieval`.
+Paper: §6 reports MTEB, whose main figures for retrieval, similarity and clustering are nDCG@10,
+Spearman's correlation and V-measure. Ours: the same figures on your own files. train.py calls
+`in_batch_accuracy` and `retrieval`.
 
-Axis letters: M queries or texts, K targets or clusters, D width. A position is a place in a list of search results, from
-1 on. Nothing here knows about losses, optimizers, sources or processes.
+Axis letters: M queries or texts, K targets or clusters, D width. A position is a place in a list of
+search results, from 1 on. Nothing here knows about losses, optimizers, sources or processes.
 """
 
 import math
@@ -22,14 +23,16 @@ SCORES_AT_ONCE = 2**24  # 64 MB of fp32 cosines, however many queries and target
 
 
 def positions(queries: Tensor, targets: Tensor, own: Tensor | None = None) -> Tensor:
-    """1-based position of each query's own target among all targets by cosine, ties counted against us.
+    """1-based position of each query's own target among all targets by cosine, ties counted against
+    us.
 
-    queries (M, D), targets (K, D), own (M,) the row of `targets` that answers query i, by default row i -> (M,) int64
+    queries (M, D), targets (K, D), own (M,) the row of `targets` that answers query i, by default
+    row i -> (M,) int64
 
         position(i) = K - (number of j with cos(q_i, t_j) < cos(q_i, own target of i) - TIE)
 
-    This is the pessimistic position: an encoder that has collapsed to one vector ties everything, and with ties in our
-    favour it would score 1.0. NaN is never lower, so it ends last too.
+    This is the pessimistic position: an encoder that has collapsed to one vector ties everything,
+    and with ties in our favour it would score 1.0. NaN is never lower, so it ends last too.
     """
     queries, targets = (F.normalize(x.detach().float(), dim=-1) for x in (queries, targets))
     own = torch.arange(len(queries), device=queries.device) if own is None else own
@@ -51,31 +54,35 @@ def mean_reciprocal_rank(positions: Tensor) -> float:
 
 
 def ndcg_at_10(positions: Tensor) -> float:
-    """Mean of 1 / log2(1 + position), 0 beyond position 10. positions (M,). One relevant target: the ideal DCG is 1 / log2(2) = 1."""
+    """Mean of 1 / log2(1 + position), 0 beyond position 10. positions (M,). One relevant target:
+    the ideal DCG is 1 / log2(2) = 1."""
     return torch.where(positions <= 10, 1 / torch.log2(1 + positions.double()), 0.0).mean().item()
 
 
 def in_batch_accuracy(q: Tensor, p: Tensor, first_row: int = 0) -> float:
-    """Share of queries whose own positive is the most similar of the batch. q (M, D), p (K, D), of which first_row + i is q[i]'s."""
+    """Share of queries whose own positive is the most similar of the batch. q (M, D), p (K, D), of
+    which first_row + i is q[i]'s."""
     return recall_at(positions(q, p, torch.arange(first_row, first_row + len(q), device=q.device)), 1)
 
 
 def average_ranks(x) -> np.ndarray:
-    """1-based ascending ranks, equal values sharing the mean of theirs: 5 7 7 9 -> 1 2.5 2.5 4. x (M,) -> (M,)."""
+    """1-based ascending ranks, equal values sharing the mean of theirs: 5 7 7 9 -> 1 2.5 2.5 4. x
+    (M,) -> (M,)."""
     _, inverse, count = np.unique(np.asarray(x), return_inverse=True, return_counts=True)
     return (count.cumsum() - (count - 1) / 2)[inverse]
 
 
 def spearman(a, b) -> float:
-    """Spearman's correlation of a and b, both (M,): Pearson's r of their average ranks. The formula has no value where a
-    or b is constant; we say 0, for no order was found."""
+    """Spearman's correlation of a and b, both (M,): Pearson's r of their average ranks. The formula
+    has no value where a or b is constant; we say 0, for no order was found."""
     a, b = (rank - rank.mean() for rank in map(average_ranks, (a, b)))
     norm = math.sqrt((a @ a) * (b @ b))
     return float(a @ b / norm) if norm else 0.0
 
 
 def v_measure(labels, clusters) -> float:
-    """Harmonic mean of homogeneity h and completeness c (Rosenberg & Hirschberg 2007). labels C, clusters K, both (M,).
+    """Harmonic mean of homogeneity h and completeness c (Rosenberg & Hirschberg 2007). labels C,
+    clusters K, both (M,).
 
         h = 1 - H(C|K) / H(C), or 1 if H(C) = 0      H(C|K) = H(C,K) - H(K)      H(X) = -sum_x share(x) ln share(x)
         c = 1 - H(K|C) / H(K), or 1 if H(K) = 0      H(K|C) = H(C,K) - H(C)      V = 2 h c / (h + c), 0 if h = c = 0
@@ -92,11 +99,12 @@ def v_measure(labels, clusters) -> float:
 
 
 def k_means(x: Tensor, k: int, seed: int, restarts: int = 3) -> Tensor:
-    """Clusters of the points x (M, D) -> (M,) in 0 .. k-1, the same for the same seed: k-means++ (Arthur & Vassilvitskii
-    2007), Lloyd's iteration until no point moves, and of a few restarts the one with the least squared distance.
+    """Clusters of the points x (M, D) -> (M,) in 0 .. k-1, the same for the same seed: k-means++
+    (Arthur & Vassilvitskii 2007), Lloyd's iteration until no point moves, and of a few restarts the
+    one with the least squared distance.
 
-    A cluster that loses its last point starts again at the point farthest from its centre. More clusters than distinct
-    points leave some empty.
+    A cluster that loses its last point starts again at the point farthest from its centre. More
+    clusters than distinct points leave some empty.
     """
     generator = torch.Generator().manual_seed(seed)
     x, k, runs = x.detach().float().cpu(), min(k, len(x)), []
@@ -119,10 +127,12 @@ def k_means(x: Tensor, k: int, seed: int, restarts: int = 3) -> Tensor:
 
 
 def retrieval(encoder, tokenizer, pairs, max_length: int, micro_tokens: int) -> dict:
-    """Search for the positive of every query among the positives of all. pairs: rows with .query and .positive.
+    """Search for the positive of every query among the positives of all. pairs: rows with .query
+    and .positive.
 
-    Targets equal but for case and white space (`text_hash`) are one candidate, or a copy of the right answer would stand
-    there as a wrong one. A query with several targets counts once for each, and the others count as wrong.
+    Targets equal but for case and white space (`text_hash`) are one candidate, or a copy of the
+    right answer would stand there as a wrong one. A query with several targets counts once for
+    each, and the others count as wrong.
     """
     keys = np.array([text_hash(pair.positive) for pair in pairs], "u8")
     _, first, own = np.unique(keys, return_index=True, return_inverse=True)
@@ -131,6 +141,16 @@ def retrieval(encoder, tokenizer, pairs, max_length: int, micro_tokens: int) -> 
     found = positions(q, p, torch.from_numpy(own))
     return {"recall@1": recall_at(found, 1), "recall@10": recall_at(found, 10), "mrr": mean_reciprocal_rank(found),
             "ndcg@10": ndcg_at_10(found), "targets": len(p)}
+
+
+def held_out_retrieval(encoder, tokenizer, sources, max_length: int, micro_tokens: int) -> dict:
+    """{"mean": metrics, "sources": {name: metrics}} of `retrieval` among each
+    source's held-out pairs."""
+    scores = {s.name: retrieval(encoder, tokenizer, s.held_out, max_length, micro_tokens)
+              for s in sources if s.held_out}
+    names = next(iter(scores.values()), {})
+    mean = {name: sum(s[name] for s in scores.values()) / len(scores) for name in names}
+    return {"mean": mean, "sources": scores}
 
 
 def similarity(encoder, tokenizer, scored, max_length: int, micro_tokens: int) -> dict:
@@ -142,7 +162,8 @@ def similarity(encoder, tokenizer, scored, max_length: int, micro_tokens: int) -
 
 
 def clustering(encoder, tokenizer, labelled, max_length: int, micro_tokens: int, seed: int) -> dict:
-    """V-measure of k-means with as many clusters as labels, on unit vectors. labelled: (text, label) tuples."""
+    """V-measure of k-means with as many clusters as labels, on unit vectors. labelled: (text,
+    label) tuples."""
     texts, labels = map(list, zip(*labelled))
     k = len(set(labels))
     x = F.normalize(embed(encoder, tokenizer, texts, max_length, micro_tokens), dim=-1)

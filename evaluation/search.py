@@ -1,7 +1,8 @@
 """Exact search among more vectors than fit in memory: cosines block by block, no index.
 
-Axis letters: M queries, K texts of a pool, C nearest ones, D width. A pool's vectors come in chunks, arrays (k, D) or files of
-them, of length 1. A position in a pool is 0-based; a position among search results is 1-based.
+Axis letters: M queries, K texts of a pool, C nearest ones, D width. A pool's vectors come in
+chunks, arrays (k, D) or files of them, of length 1. A position in a pool is 0-based; a position
+among search results is 1-based.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ NONE = np.empty(0, int), np.empty(0, int)
 
 
 def blocks(q: Tensor, chunks: list[Path | np.ndarray], excluded: Cells) -> Iterator[tuple[slice, int, Tensor]]:
-    """Cosines of queries q (M, D) and a pool, -inf where excluded -> which queries, the position of the first column, (m, k)."""
+    """Cosines of queries q (M, D) and a pool, -inf where excluded -> which queries, the position of
+    the first column, (m, k)."""
     first, order = 0, np.argsort(excluded[1])
     query, position = excluded[0][order], excluded[1][order].astype(int)
     for chunk in chunks:
@@ -35,8 +37,9 @@ def blocks(q: Tensor, chunks: list[Path | np.ndarray], excluded: Cells) -> Itera
 
 
 def positions(q: Tensor, own: Tensor, chunks: list[Path | np.ndarray], excluded: Cells) -> np.ndarray:
-    """1-based position of each query's own target among itself and a pool, in which it is excluded: 1 + the number of texts as near
-    to the query, or nearer. Ties count against us, as in `metrics.positions`. q, own (M, D) -> (M,)."""
+    """1-based position of each query's own target among itself and a pool, in which it is excluded:
+    1 + the number of texts as near to the query, or nearer. Ties count against us, as in
+    `metrics.positions`. q, own (M, D) -> (M,)."""
     cosine, found = (q * own).sum(1), torch.ones(len(q), dtype=torch.long, device=q.device)
     for rows, _, block in blocks(q, chunks, excluded):
         found[rows] += (block >= cosine[rows, None] - TIE).sum(1)
@@ -46,8 +49,8 @@ def positions(q: Tensor, own: Tensor, chunks: list[Path | np.ndarray], excluded:
 def nearest(
     q: Tensor, chunks: list[Path | np.ndarray], count: int, excluded: Cells = NONE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest texts of a pool, the nearest first; of equal ones at the end of the list, those that torch.topk gives.
-    -> positions (M, C), cosines (M, C), -inf where a pool has no more."""
+    """The nearest texts of a pool, the nearest first; of equal ones at the end of the list, those
+    that torch.topk gives. -> positions (M, C), cosines (M, C), -inf where a pool has no more."""
     best = torch.full((len(q), count), -torch.inf, device=q.device)
     position = torch.zeros_like(best, dtype=torch.long)
     for rows, first, block in blocks(q, chunks, excluded):

@@ -1,4 +1,4 @@
-"""A folder is written whole or not at all: under another name, which it loses when every byte is on disk."""
+"""A folder is written whole or not at all: under another name, until every byte is on disk."""
 
 import os
 import shutil
@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 
 
 def publish(directory: Path, write: Callable[[Path], None], replace: bool = True) -> None:
-    """write(part) fills a folder, which takes its name only when every byte of it is on disk. Where one of that name is by
-    then, it goes first, or without `replace` stays: another process has made the same.
-    Raises OSError when it cannot be written: the libraries' own errors for a full disk are of no common class."""
+    """write(part) fills a folder, which takes its name only when every byte of it is on disk. Where
+    one of that name is by then, it goes first, or without `replace` stays: another process has made
+    the same. Raises OSError when it cannot be written: the libraries' own errors for a full disk
+    are of no common class."""
     part = directory.with_name(f"{directory.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)  # a killed process may have had the same number
     part.mkdir(parents=True)

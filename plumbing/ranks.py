@@ -1,4 +1,5 @@
-"""The processes of one training run: what they tell each other, and how the rows of one reach the losses of all.
+"""The processes of one training run: what they tell each other, and how the rows of one reach the
+losses of all.
 
 Nothing here knows about models, losses or optimizers. Axis letters: W ranks, b rows of one rank.
 """
@@ -19,8 +20,9 @@ from tqdm import tqdm
 
 
 class Gather(torch.autograd.Function):
-    """(b, ...) of every rank -> (W b, ...), in the order of the ranks. Backward: every rank has a gradient of all W b rows
-    for its own loss; a rank gets back the *sum* over ranks of those of its own rows."""
+    """(b, ...) of every rank -> (W b, ...), in the order of the ranks. Backward: every rank has a
+    gradient of all W b rows for its own loss; a rank gets back the *sum* over ranks of those of its
+    own rows."""
 
     @staticmethod
     def forward(ctx, own: Tensor, world_size: int) -> Tensor:
@@ -37,27 +39,31 @@ class Gather(torch.autograd.Function):
 
 
 class Ranks:
-    """The processes of a run, as torchrun or the deepspeed launcher started them; without a launcher this process alone."""
+    """The processes of a run, as torchrun or the deepspeed launcher started them; without a
+    launcher this process alone."""
 
     def __init__(self, alone: bool = False):
         self.launched = "RANK" in os.environ and not alone
-        self.rank, self.world_size = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE")) if self.launched else (0, 1)
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-        if cuda:
+        self.rank = int(os.environ["RANK"]) if self.launched else 0
+        self.world_size = int(os.environ["WORLD_SIZE"]) if self.launched else 1
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if self.launched:
             self.store = next(dist.rendezvous("env://"))[0]
             self.join(self.store)
-            self.ended, beats = threading.Event(), threading.Thread(target=self._beat, daemon=True)
-            beats.start()
-            # a thread that is in the store when Python ends would abort the process, and its good status with it
-            atexit.register(lambda: (self.ended.set(), beats.join(timeout=5)))
+            self.ended = threading.Event()
+            self.beats = threading.Thread(target=self._beat, daemon=True)
+            self.beats.start()
+            atexit.register(self._end_beats)
 
     def join(self, store: dist.Store) -> None:
         forever = timedelta(days=1)  # of `messages`: the others wait while rank 0 builds an index
-        backend, timeout = ("nccl", timedelta(minutes=10)) if self.device.type == "cuda" else ("gloo", forever)
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
+        cuda = self.device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world_size,
+            timeout=timedelta(minutes=10) if cuda else forever)
         self.messages = dist.new_group(backend="gloo", timeout=forever)
 
     def leave(self) -> None:
@@ -66,19 +72,21 @@ class Ranks:
             dist.destroy_process_group()
 
     def complain(self, line: str) -> None:
-        """One rank says what was wrong: rank 0 if it fails too. It may hold the store: it stays until the others have asked."""
+        """One rank says what was wrong: rank 0 if it fails too. It may hold the store: it stays
+        until the others have asked."""
         time.sleep(1 if self.rank else 0)
         with contextlib.suppress(RuntimeError):
             if not self.launched or self.store.add("complaints", 1) == 1:
                 print(line, file=sys.stderr, flush=True)
         time.sleep(3 if self.launched and self.rank == 0 else 0)
 
-    def say(self, line: str) -> None:
+    def print_rank0(self, line: str) -> None:
         if self.rank == 0:
             tqdm.write(line)
 
     def gather(self, own: Tensor) -> Tensor:
-        """(b, ...) -> (W b, ...), differentiable: one all-gather, and one reduce-scatter on the way back."""
+        """(b, ...) -> (W b, ...), differentiable: one all-gather, and one reduce-scatter on the way
+        back."""
         return Gather.apply(own, self.world_size) if self.world_size > 1 else own
 
     def total(self, *values: float) -> list[float]:
@@ -97,7 +105,8 @@ class Ranks:
         return values
 
     def once(self, call: Callable):
-        """What call() gives on rank 0, on every rank. Where it raises OSError or ValueError, every rank does."""
+        """What call() gives on rank 0, on every rank. Where it raises OSError or ValueError, every
+        rank does."""
         result = error = None
         if self.rank == 0:
             try:
@@ -120,8 +129,15 @@ class Ranks:
             while not self.ended.wait(1):
                 self.store.add(f"beats of {self.rank}", 1)
 
+    def _end_beats(self) -> None:
+        """A thread that is in the store when Python ends would abort the process, and its good
+        status with it."""
+        self.ended.set()
+        self.beats.join(timeout=5)
+
     def lost(self) -> list[int]:
-        """The ranks whose process is gone, asked when something has gone wrong: those that have not beaten for 4 seconds."""
+        """The ranks whose process is gone, asked when something has gone wrong: those that have not
+        beaten for 4 seconds."""
         if self.world_size == 1:
             return []
         try:

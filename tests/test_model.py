@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
+from transformers import BertConfig, BertModel, BertTokenizer
 
 import model
 
@@ -434,120 +433,6 @@ def test_plain_bert_opens_trains_and_saves_with_its_pooler_as_it_was(tmp_path):
     assert not (tmp_path / "again" / "model.py").exists()
 
 
-# the cross-encoder (§5.2)
-
-@pytest.fixture(scope="module")
-def crossed(tmp_path_factory):
-    """(a cross-encoder on JinaBERT, the directory it was saved in)."""
-    cross = randomise(model.CrossEncoder(model.JinaBertConfig(**SMALL)))
-    directory = tmp_path_factory.mktemp("crossed") / "model"
-    model.save(cross, tokenizer(), directory)
-    return cross, directory
-
-
-def logits(cross, tokens, pairs=(("the weather", "in berlin is cold"), ("berlin", "nothing at all"))):
-    with torch.no_grad():
-        return cross(**tokens(*map(list, zip(*pairs)), padding=True, return_tensors="pt")).logits
-
-
-def test_a_logit_by_hand():
-    """With u and v the unit means over the query's tokens, [CLS] and the first [SEP] among them, and over the passage's; head
-    weights 2 at column 0, -1 at column 5 and bias 0.5: 2 u_0 v_0 - u_5 v_5 + 0.5. The shorter pair of the two is padded."""
-    cross, tokens = randomise(model.CrossEncoder(model.JinaBertConfig(**SMALL))), tokenizer()
-    cross.classifier.weight.data.zero_()[0, [0, 5]] = torch.tensor([2.0, -1.0])
-    cross.classifier.bias.data.fill_(0.5)
-    got = logits(cross, tokens)
-    assert got.shape == (2, 1)
-    for row, (query, passage, split) in enumerate([("the weather", "in berlin is cold", 4), ("berlin", "nothing at all", 3)]):
-        batch = tokens(query, passage, return_tensors="pt")
-        assert batch["token_type_ids"].argmax() == split
-        hidden = cross.bert(batch["input_ids"]).last_hidden_state[0]
-        u, v = (part.mean(0) / part.mean(0).norm() for part in (hidden[:split], hidden[split:]))
-        assert got[row].item() == pytest.approx((2 * u[0] * v[0] - u[5] * v[5] + 0.5).item(), abs=1e-5)
-
-
-def test_a_saved_cross_encoder_opens_equal_and_is_no_embedder(crossed):
-    cross, directory = crossed
-    again, tokens = model.load_cross_encoder(directory)
-    assert type(again) is model.CrossEncoder and not again.training and {p.dtype for p in again.parameters()} == {torch.float32}
-    assert all(torch.equal(again.state_dict()[name], p) for name, p in cross.state_dict().items())
-    assert torch.allclose(logits(again, tokens), logits(cross, tokenizer()), atol=1e-6, rtol=0)
-    assert {path.name for path in directory.iterdir()} == {"config.json", "model.safetensors", "model.py", "tokenizer.json",
-                                                           "tokenizer_config.json"}
-
-
-@pytest.mark.parametrize("backbone", ["JinaBERT", "BERT", "BERT without pooler"])
-def test_a_new_head_comes_on_an_encoder_s_weights_and_repeats_for_a_seed(backbone, saved, tmp_path):
-    """On a JinaBERT weights 10 and bias -5, on a BERT weights from N(0, 0.02) and bias 0; the rest as it came, but for a
-    pooler that did not."""
-    directory = saved[1]
-    if backbone != "JinaBERT":
-        directory = tmp_path / "bert"
-        plain_bert(directory)
-    if backbone == "BERT without pooler":
-        weights(lambda s: {name: p for name, p in s.items() if "pooler" not in name})(directory)
-    made = []
-    for seed in (3, 3, 4):
-        torch.manual_seed(seed)
-        cross, tokens = model.load_cross_encoder(directory, new_head=True)
-        made.append(torch.cat([p.flatten() for p in cross.parameters()]))
-    assert torch.equal(made[0], made[1])
-    if backbone == "JinaBERT":
-        assert set(cross.classifier.weight.flatten().tolist()) == {10.0} and cross.classifier.bias.tolist() == [-5.0]
-    else:
-        assert 0.01 < cross.classifier.weight.std() < 0.03 and cross.classifier.bias.tolist() == [0.0]
-        assert not torch.equal(made[0], made[2])
-    assert not cross.training and cross.config.num_labels == 1
-    state = cross.bert.state_dict()
-    assert all(torch.equal(state[name], p) for name, p in load_file(directory / "model.safetensors").items())
-    model.save(cross, tokens, tmp_path / "cross")
-    again, _ = model.load_cross_encoder(tmp_path / "cross")
-    assert all(torch.equal(again.state_dict()[name], p) for name, p in cross.state_dict().items())
-
-
-def bert_with_head(outputs):
-    def make(directory):
-        shutil.rmtree(directory)
-        BertForSequenceClassification(BertConfig(**SMALL, num_labels=outputs)).save_pretrained(directory)
-        tokenizer().save_pretrained(directory)
-    return make
-
-
-def encoder_there(directory):
-    model.save(small(), tokenizer(), directory)
-
-
-CROSS, NEW = model.load_cross_encoder, partial(model.load_cross_encoder, new_head=True)
-REFUSED = {  # what happens to the directory of a cross-encoder, what opens it, what the line says
-    "an encoder": (encoder_there, CROSS, ValueError, "is an encoder without a classification head; `python curate.py "
-                                                     "cross-encoder --model {}` trains one from it"),
-    "a plain BERT": (lambda d: (shutil.rmtree(d), plain_bert(d)), CROSS, ValueError, "without a classification head"),
-    "two outputs": (bert_with_head(2), CROSS, ValueError,
-                    "its classification head has 2 outputs; one logit is needed"),
-    "two rows": (weights(lambda s: s | {"classifier.weight": torch.ones(2, 128)}), CROSS, ValueError, "classifier.weight"),
-    "a weight is missing": (weights(lambda s: {n: p for n, p in s.items() if n != "bert.encoder.layer.1.mlp.wo.bias"}),
-                            CROSS, ValueError, "bert.encoder.layer.1.mlp.wo.bias"),
-    "a published reranker's pooler": (weights(lambda s: s | {"bert.pooler.dense.bias": torch.ones(128)}), CROSS, ValueError,
-                                      "bert.pooler.dense.bias"),
-    "nothing there": (shutil.rmtree, CROSS, OSError, "neither a directory"),
-    "an encoder with an unknown weight": (
-        lambda d: (encoder_there(d), weights(lambda s: s | {"encoder.layer.0.norm_q.weight": torch.ones(128)})(d)), NEW,
-        ValueError, "encoder.layer.0.norm_q.weight"),
-    "its head would go": (lambda d: None, model.load, ValueError, "has a classification head"),
-    "BERT's head would go": (bert_with_head(1), model.load, ValueError, "has a classification head"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_cross_encoder_is_refused_in_one_line(case, crossed, tmp_path):
-    (change, opens, error_type, says), directory = REFUSED[case], shutil.copytree(crossed[1], tmp_path / "d")
-    change(directory)
-    with pytest.raises(error_type) as error:
-        opens(directory)
-    assert str(error.value).startswith(f"model {directory}: ") and "\n" not in str(error.value)
-    assert says.format(directory) in str(error.value)
-
-
 # what others open: in a process of its own, which finds model.py only beside the weights
 
 def elsewhere(tmp_path, code, *arguments):
@@ -577,28 +462,6 @@ torch.save([embed(0, trust_remote_code=True), embed(0), embed(1)], "out.pt")
     assert (trusted, plain) == ("JinaBertModel", "BertModel")
     assert torch.allclose(ours, embed(saved[0], tokenizer(), TEXTS[:3]), atol=1e-5, rtol=0)
     assert (first - ours).norm() > 1 and (first - second).norm() > 1
-
-
-def test_transformers_opens_a_cross_encoder_with_the_flag(crossed, tmp_path):
-    got = elsewhere(tmp_path, """
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-tokens = AutoTokenizer.from_pretrained(sys.argv[2])
-cross, report = AutoModelForSequenceClassification.from_pretrained(sys.argv[2], trust_remote_code=True,
-                                                                   output_loading_info=True)
-assert cross.config.num_labels == 1 and not any(report.values()), report
-torch.save(cross.eval()(**tokens(TEXTS[0], TEXTS[1], return_tensors="pt")).logits.detach(), "out.pt")
-""", crossed[1])
-    assert torch.allclose(got, logits(crossed[0], tokenizer(), [TEXTS[:2]]), atol=1e-6, rtol=0)
-
-
-def test_sentence_transformers_predicts_the_sigmoid_of_the_logits(crossed, tmp_path):
-    pytest.importorskip("sentence_transformers")
-    got = elsewhere(tmp_path, """
-from sentence_transformers import CrossEncoder
-cross = CrossEncoder(sys.argv[2], trust_remote_code=True, device="cpu")
-torch.save(cross.predict([TEXTS[:2], TEXTS[1:3]], convert_to_tensor=True), "out.pt")
-""", crossed[1])
-    assert torch.allclose(got, logits(crossed[0], tokenizer(), [TEXTS[:2], TEXTS[1:3]])[:, 0].sigmoid(), atol=1e-5, rtol=0)
 
 
 def test_sentence_transformers_gives_the_embeddings_of_load(saved, tmp_path):

@@ -1,0 +1,94 @@
+"""What a command has done so far is kept: one that was interrupted goes on where it was.
+
+    OUT.work   arrays and folders by name, each complete or absent     while the command runs
+    OUT        the results, whole or not at all                        when it is done
+
+Nothing here knows what the arrays are. For one process at a time.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+from torch import nn
+
+from plumbing.files import publish, sync
+
+
+class Work:
+    """OUT.work of a command, until `finish` publishes OUT.
+
+    identity: JSON-able, what must be the same for another start to go on. Raises ValueError where
+    it is not, where OUT is not empty, and where OUT.work is no work of ours.
+    """
+
+    def __init__(self, out: str, identity: dict):
+        self.out = Path(out).resolve()
+        self.directory = self.out.with_name(f"{self.out.name}.work")
+        self._check_out()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._check_identity(identity)
+
+    def _check_out(self) -> None:
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise ValueError(f"--out {self.out}: is not empty; choose another")
+
+    def _check_identity(self, identity: dict) -> None:
+        path = self.directory / "identity.json"
+        done = {file.name for file in self.directory.iterdir()} - {path.name, "part.json"}
+        if done and not path.is_file():
+            raise ValueError(f"{self.directory}: holds something else, and would be removed at the "
+                             f"end; choose another --out")
+        try:
+            then = json.loads(path.read_text()) if done else identity
+        except ValueError as error:
+            raise ValueError(f"{path}: does not open ({error}); remove {self.directory}") from None
+        for what, now in identity.items():
+            if then.get(what) != now:
+                values = f" ({then.get(what)}, now {now})" if len(str(now)) < 60 else ""
+                raise ValueError(f"{self.directory} holds the work of another command, with "
+                                 f"another {what}{values}; remove that folder, or choose another "
+                                 f"--out")
+        self._write(path, lambda part: part.write_text(json.dumps(identity)))
+
+    def _write(self, path: Path, write: Callable[[Path], None]) -> None:
+        part = path.with_name(f"part{path.suffix}")
+        write(part)
+        sync(part)
+        os.replace(part, path)
+
+    def keep(self, name: str, compute: Callable[[], np.ndarray]) -> Path:
+        """The file of the array of that name, computed unless an earlier start did."""
+        path = self.directory / f"{quote(name, '')}.npy"
+        if not path.is_file():
+            self._write(path, lambda part: np.save(part, compute()))
+        return path
+
+    def keep_folder(self, name: str, write: Callable[[Path], None]) -> Path:
+        """The folder of that name, filled by write(folder) unless an earlier start did."""
+        directory = self.directory / name
+        if not directory.is_dir():
+            publish(directory, write)
+        return directory
+
+    def finish(self, write: Callable[[Path], None]) -> None:
+        """write(folder) fills what becomes OUT."""
+        def write_and_check(part: Path) -> None:
+            write(part)
+            self._check_out()  # writing takes a while, and publishing replaces what is there
+
+        publish(self.out, write_and_check)
+        shutil.rmtree(self.directory)
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A hash of its weights."""
+    weights = blake2b(digest_size=8)
+    for parameter in network.parameters():
+        weights.update(parameter.detach().cpu().numpy().tobytes())
+    return weights.hexdigest()

@@ -1,0 +1,122 @@
+"""The folder of a run, its metrics, and how a run ends: by a signal, with an error, or with a
+report."""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from plumbing.plan import out_of_memory
+from plumbing.ranks import Ranks
+
+# the folder
+
+def numbered() -> list[str]:
+    """The names of the folders runs/NNN."""
+    return [path.name for path in Path("runs").glob("*") if path.name.isdigit()]
+
+
+def free_run(out: str | None) -> Path:
+    """`out` if nothing is there, or without it the next free runs/NNN. Raises ValueError where a
+    run would be written over."""
+    if not out:
+        return Path("runs") / f"{max(map(int, numbered()), default=0) + 1:03d}"
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ValueError(f"--out {out}: is not empty; --resume goes on with a run, another --out "
+                         f"begins a new one")
+    return Path(out)
+
+
+def begin_metrics(run: Path, first: int) -> None:
+    """Makes run/metrics.jsonl, or cuts off its lines from step `first` on: a resumed run takes
+    those steps again."""
+    path = run / "metrics.jsonl"
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        path.open("x" if first == 1 else "a").close()
+    except FileExistsError:
+        raise FileExistsError(f"{path}: another run has begun there in the meantime; start this "
+                              f"one again") from None
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < first]
+    for part in [*run.glob("*.part-*"), *run.glob("checkpoints/*.part-*")]:
+        shutil.rmtree(part)  # what a killed process was writing
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept))
+    os.replace(part, path)
+
+
+class Metrics:
+    """run/metrics.jsonl, one JSON object a line; nothing is written where another rank writes."""
+
+    def __init__(self, run: Path, writes: bool = True):
+        self.path = run / "metrics.jsonl"
+        self.file = open(self.path if writes else os.devnull, "a", buffering=1)
+
+    def __call__(self, **values) -> None:
+        self.file.write(json.dumps(values) + "\n")
+
+    def evaluations(self) -> list[dict]:
+        lines = map(json.loads, self.path.read_text().splitlines())
+        return [line["evaluation"] for line in lines if "evaluation" in line]
+
+
+# its end
+
+class StopSignal:
+    """SIGTERM (a cluster's preemption) and Ctrl-C ask the run to end after the step at hand. They
+    may come twice, from the system and from the launcher; a Ctrl-C two seconds later ends it at
+    once."""
+
+    def __init__(self):
+        self.name = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _) -> None:
+        if self.name is None:
+            self.name, self.since = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() > self.since + 2:
+            raise KeyboardInterrupt
+
+
+def report(run: Path, evaluations: list[dict], needs_flag: bool) -> None:
+    """Prints what the run has done, and how to use it. needs_flag: its model is a JinaBERT."""
+    before, after = evaluations[0], evaluations[-1]
+    rows = dict(after["sources"])
+    if after["mean"]:
+        rows["mean"] = after["mean"]
+    print(f"\n{'held-out: before -> after':30}{'targets':>8}{'recall@1':>18}{'nDCG@10':>18}")
+    for name, new in rows.items():
+        old = before["sources"].get(name, before["mean"])
+        print(f"{name:30}{new['targets']:8.0f}{old['recall@1']:9.3f} -> {new['recall@1']:.3f}"
+              f"{old['ndcg@10']:9.3f} -> {new['ndcg@10']:.3f}")
+    path, flag = run / "model", ", trust_remote_code=True" if needs_flag else ""
+    line = f"{path} opens with model.load('{path}') and SentenceTransformer('{path}'{flag})"
+    if needs_flag:
+        line += "; without that flag other tools build a plain BERT with random weights"
+    print(line)
+
+
+def explain(error: Exception, args: argparse.Namespace | None, ranks: Ranks) -> int:
+    """Says in one line what went wrong -> the exit status: 2 for bad input or a full disk, 1 for
+    what happened to the run. Raises the error again where it does not know it."""
+    if isinstance(error, (FloatingPointError, OSError, ValueError)):
+        ranks.complain(f"train.py: {' '.join(str(error).split())}")
+        return 1 if isinstance(error, FloatingPointError) else 2
+    advice = args and out_of_memory(error, args, ranks.device)
+    if advice:
+        print(f"train.py: {advice}", file=sys.stderr)
+        return 1
+    lost = ranks.lost()
+    if not lost:
+        raise error
+    if ranks.rank == min(set(range(ranks.world_size)) - set(lost)):
+        reason = str(error).splitlines()[0]
+        print(f"train.py: lost rank {', '.join(map(str, lost))} ({reason}); the checkpoints are as "
+              f"they were, and --resume goes on from the last", file=sys.stderr)
+    return 1
