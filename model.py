@@ -1,11 +1,12 @@
 """The pooled encoder of Jina Embeddings 2 (arXiv 2310.19923): JinaBERT (§2, Table 1) with mean
 pooling on top (§5).
 
-    texts -> tokenizer -> JinaBertModel -> hidden (B, T, D) -> mean_pool -> one vector per text (B, D)
+    texts -> tokenizer -> JinaBertModel -> hidden (B, T, D) -> mean_pool -> a vector per text (B, D)
 
-Axis letters: B texts, T tokens, D width, H heads. Nothing here knows about losses, data or ranks. The file is
-self-contained: `save` puts a copy of it beside the weights, so that other tools can open them with
-`trust_remote_code=True`. Parameter names and config fields are those of the published checkpoints.
+Axis letters: B texts, T tokens, D width, H heads. Nothing here knows about losses, data or ranks.
+The file is self-contained: `save` puts a copy of it beside the weights, so that other tools can
+open them with `trust_remote_code=True`. Parameter names and config fields are those of the
+published checkpoints.
 """
 
 import json
@@ -26,9 +27,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 
 class JinaBertConfig(BertConfig):
-    """BertConfig with the fields in which JinaBERT differs; the other defaults are those of `base`."""
+    """BertConfig with the fields in which JinaBERT differs; the other defaults are those of
+    `base`."""
 
-    model_type = "bert"  # what the published config.json files say; `position_embedding_type` tells the two apart
+    # what the published config.json files say; `position_embedding_type` tells the two apart
+    model_type = "bert"
     vocab_size: int = 30528
     max_position_embeddings: int = 8192  # not a size of any parameter: ALiBi has none
     position_embedding_type: str = "alibi"
@@ -37,34 +40,37 @@ class JinaBertConfig(BertConfig):
     attention_probs_dropout_prob: float | int = 0.0  # BertConfig's 0.1 would come in silently
 
 
-# Paper: Table 1, heads of dimension 64, dropout 0.1. Ours: tiny, which learns something in minutes on two CPU cores; it has
-# no dropout, since in those minutes it sees no pair twice, and drawing the masks would take longer than the layers.
+# Paper: Table 1, heads of dimension 64, dropout 0.1. Ours: tiny, which learns something in minutes
+# on two CPU cores; it has no dropout, since in those minutes it sees no pair twice, and drawing the
+# masks would take longer than the layers.
 SIZES = {
-    "tiny": dict(num_hidden_layers=2, hidden_size=256, num_attention_heads=4, intermediate_size=1024,
-                 hidden_dropout_prob=0.0),
-    "small": dict(num_hidden_layers=4, hidden_size=512, num_attention_heads=8, intermediate_size=2048),
-    "base": dict(num_hidden_layers=12, hidden_size=768, num_attention_heads=12, intermediate_size=3072),
-    "large": dict(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096,
-                  feed_forward_type="reglu"),
+    "tiny": dict(num_hidden_layers=2, hidden_size=256, num_attention_heads=4,
+                 intermediate_size=1024, hidden_dropout_prob=0.0),
+    "small": dict(num_hidden_layers=4, hidden_size=512, num_attention_heads=8,
+                  intermediate_size=2048),
+    "base": dict(num_hidden_layers=12, hidden_size=768, num_attention_heads=12,
+                 intermediate_size=3072),
+    "large": dict(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16,
+                  intermediate_size=4096, feed_forward_type="reglu"),
 }
 
 LONG = 1024  # tokens; above it no tensor of H x T x T numbers is made, forward or backward
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """Slopes 2^(-8 (h+1) / H), h = 0 .. H-1 (Press et al. 2022). When H is no power of two: those of the next lower
-    power P, then every second one of 2P, until there are H."""
+    """Slopes 2^(-8 (h+1) / H), h = 0 .. H-1 (Press et al. 2022). When H is no power of two: those
+    of the next lower power P, then every second one of 2P, until there are H."""
     lower = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (h + 1) / lower) for h in range(lower)]
     return slopes + [2 ** (-8 * (h + 1) / (2 * lower)) for h in range(0, 2 * (heads - lower), 2)]
 
 
 def alibi_bias(slopes: list[float], mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The term added to the attention logits: -slope_h * |i - j|, symmetric since the encoder looks both ways (§2),
-    and the most negative number for padded keys j.
+    """The term added to the attention logits: -slope_h * |i - j|, symmetric since the encoder looks
+    both ways (§2), and the most negative number for padded keys j.
 
-    mask (B, T) of 0 and 1 -> (B, H, T, T), or (1, H, T, T) where nothing is padded. Made anew in every forward pass, and
-    only up to LONG tokens: at 8,192 and 12 heads it would hold 3 GB.
+    mask (B, T) of 0 and 1 -> (B, H, T, T), or (1, H, T, T) where nothing is padded. Made anew in
+    every forward pass, and only up to LONG tokens: at 8,192 and 12 heads it would hold 3 GB.
     """
     position = torch.arange(mask.shape[1], device=mask.device)
     distance = (position[:, None] - position[None, :]).abs()
@@ -78,29 +84,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(64) + bias) v for q, k, v (B, H, T, 64) and bias (B or 1, H, T, T)."""
     B, H, T, width = q.shape
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # Ours: the fused kernel's bf16 backward on CPU takes about four times as long as these three lines.
+        # Ours: the fused kernel's bf16 backward on CPU takes about four times as long as these.
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        logits = torch.baddbmm(bias.expand(B, -1, -1, -1).flatten(0, 1), q, k.transpose(1, 2), alpha=width**-0.5)
+        bias = bias.expand(B, -1, -1, -1).flatten(0, 1)
+        logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=width**-0.5)
         return (logits.softmax(-1).to(v.dtype) @ v).view(B, H, T, width)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def attend_texts(q: Tensor, k: Tensor, v: Tensor, ramp: Tensor, lengths: list[int]) -> Tensor:
-    """`attend` for long texts, each over its own first n = lengths[b] tokens; rows of padding are 0.
+    """`attend` for long texts, each over its own first n = lengths[b] tokens; padding's rows are 0.
 
-    With keys and values back to front, j' = n-1 - j, which the softmax does not mind, the bias is -slope_h |i + j' - (n-1)|:
-    a view, stride 1 both ways, of ramp (H, 2T-1), -slope_h |x| for x = 1-T .. T-1. The fused kernel reads it in place.
+    With keys and values back to front, j' = n-1 - j, which the softmax does not mind, the bias is
+    -slope_h |i + j' - (n-1)|: a view, stride 1 both ways, of ramp (H, 2T-1), -slope_h |x| for x =
+    1-T .. T-1. The fused kernel reads it in place.
     """
     T, texts = q.shape[2], [q[:0]]  # as cat wants one even of an empty batch
     for q, k, v, n in zip(q.split(1), k.flip(2).split(1), v.flip(2).split(1), lengths):
         bias = ramp.as_strided((1, len(ramp), n, n), (0, 2 * T - 1, 1, 1), T - n)
-        text = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, T - n :], v[:, :, T - n :], attn_mask=bias)
+        k, v = k[:, :, T - n :], v[:, :, T - n :]
+        text = F.scaled_dot_product_attention(q[:, :, :n], k, v, attn_mask=bias)
         texts.append(F.pad(text, (0, 0, 0, T - n)))
     return torch.cat(texts)
 
 
-def attend_flex(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, mask: Tensor, flex: Callable) -> Tensor:
-    """`attend` for long texts on a GPU, where flex is torch's flex_attention, compiled: it makes the bias tile by tile."""
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, mask: Tensor, flex: Callable
+                ) -> Tensor:
+    """`attend` for long texts on a GPU, where flex is torch's flex_attention, compiled: it makes
+    the bias tile by tile."""
     def biased(logit, b, h, i, j):
         seen = (mask[b, j] > 0) | (i == j)  # itself at least: a softmax over nothing is NaN
         return torch.where(seen, logit - slopes[h] * (i - j).abs(), -math.inf)
@@ -109,15 +120,18 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, mask: Tensor, f
 
 
 def attention(slopes: list[float], mask: Tensor, dtype: torch.dtype) -> Callable:
-    """What every layer calls with its q, k, v, by length and device. mask (B, T), products in dtype. Raises ValueError where
-    long texts on a CPU are padded elsewhere than on their right."""
+    """What every layer calls with its q, k, v, by length and device. mask (B, T), products in
+    dtype. Raises ValueError where long texts on a CPU are padded elsewhere than on their right."""
     T, slope = mask.shape[1], torch.tensor(slopes, device=mask.device)
     if T <= LONG:
         return partial(attend, bias=alibi_bias(slopes, mask, dtype))
-    if mask.device.type == "cuda":  # fullgraph: an error where it would go on uncompiled, with H x T x T logits
-        return partial(attend_flex, slopes=slope, mask=mask, flex=torch.compile(flex_attention, fullgraph=True))
+    if mask.device.type == "cuda":
+        # fullgraph: an error where it would go on uncompiled, with H x T x T logits
+        flex = torch.compile(flex_attention, fullgraph=True)
+        return partial(attend_flex, slopes=slope, mask=mask, flex=flex)
     if (mask[:, 1:] > mask[:, :-1]).any():
-        raise ValueError(f"attention_mask: texts of more than {LONG} tokens must be padded on their right, 1 .. 1 0 .. 0")
+        raise ValueError(f"attention_mask: texts of more than {LONG} tokens must be padded on "
+                         f"their right, 1 .. 1 0 .. 0")
     ramp = (-slope[:, None] * torch.arange(1 - T, T, device=mask.device).abs()).to(dtype)
     return partial(attend_texts, ramp=ramp, lengths=mask.sum(1).int().tolist())
 
@@ -127,14 +141,16 @@ class JinaBertEmbeddings(nn.Module):
 
     def __init__(self, config: JinaBertConfig):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + self.token_type_embeddings(types)))
+        hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(types)
+        return self.dropout(self.LayerNorm(hidden))
 
 
 class JinaBertSelfAttention(nn.Module):
@@ -164,7 +180,7 @@ class JinaBertSelfOutput(nn.Module):
 
 
 class JinaBertGatedMLP(nn.Module):
-    """Gated feed-forward (Shazeer 2020): wo(act(a) * b), both halves from one product without bias."""
+    """Gated feed-forward (Shazeer 2020): wo(act(a) * b), both from one product without bias."""
 
     def __init__(self, config: JinaBertConfig):
         super().__init__()
@@ -180,11 +196,13 @@ class JinaBertGatedMLP(nn.Module):
 
 
 class JinaBertLayer(nn.Module):
-    """Post-LayerNorm BERT layer. The two containers only spell the published names `attention.self`, `.output`."""
+    """Post-LayerNorm BERT layer. The two containers only spell the published names
+    `attention.self`, `.output`."""
 
     def __init__(self, config: JinaBertConfig):
         super().__init__()
-        self.attention = nn.ModuleDict({"self": JinaBertSelfAttention(config), "output": JinaBertSelfOutput(config)})
+        self.attention = nn.ModuleDict({
+            "self": JinaBertSelfAttention(config), "output": JinaBertSelfOutput(config)})
         self.mlp = JinaBertGatedMLP(config)
 
     def forward(self, hidden: Tensor, attend: Callable) -> Tensor:
@@ -206,14 +224,16 @@ class JinaBertModel(PreTrainedModel):
         self.embeddings = JinaBertEmbeddings(config)
         layers = nn.ModuleList(JinaBertLayer(config) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": layers})
-        self.post_init()  # transformers: weights from N(0, initializer_range), biases 0, LayerNorm 1 and 0
+        # transformers: weights from N(0, initializer_range), biases 0, LayerNorm 1 and 0
+        self.post_init()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
-                **_) -> BaseModelOutput:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                token_type_ids: Tensor | None = None, **_) -> BaseModelOutput:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.embeddings(input_ids, token_type_ids)
-        # In the precision of the products, which under mixed precision is not that of `hidden`: cast in every layer instead,
-        # the backward pass would keep a copy per layer, and the lowest fp32 number would become bf16's -inf.
+        # In the precision of the products, which under mixed precision is not that of `hidden`:
+        # cast in every layer instead, the backward pass would keep a copy per layer, and the lowest
+        # fp32 number would become bf16's -inf.
         attend = attention(self.slopes, mask, (hidden[:0] @ hidden[:0].mT).dtype)
         for layer in self.encoder["layer"]:
             hidden = layer(hidden, attend)
@@ -221,14 +241,16 @@ class JinaBertModel(PreTrainedModel):
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """§5: the average of the token embeddings, padding left out. hidden (B, T, D), mask (B, T) -> (B, D), fp32."""
+    """§5: the average of the token embeddings, padding left out. hidden (B, T, D), mask (B, T) ->
+    (B, D), fp32."""
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     weight = mask.to(hidden.dtype)[:, :, None]
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 class PooledEncoder(nn.Module):
-    """§5: a backbone and mean pooling, with no further trainable parameters. (input_ids, attention_mask) -> (B, D)."""
+    """§5: a backbone and mean pooling, with no further trainable parameters. (input_ids,
+    attention_mask) -> (B, D)."""
 
     def __init__(self, backbone: PreTrainedModel):
         super().__init__()
@@ -244,9 +266,8 @@ def create(size: str) -> PooledEncoder:
     return PooledEncoder(JinaBertModel(JinaBertConfig(**SIZES[size])))
 
 
-def open_pretrained(
-    name_or_path: str | Path, jina: type, auto: type, **fields
-) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, dict]:
+def open_pretrained(name_or_path: str | Path, jina: type, auto: type, **fields
+                    ) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, dict]:
     """Model, tokenizer and transformers' load report, by class `jina` if it is a JinaBERT, else by
     class `auto` with these config fields. Raises OSError where there is no model; whether weights
     are missing or unknown, `check_weights` says."""
@@ -259,23 +280,28 @@ def open_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # TypeError and KeyError too, for JSON of another shape
         reason = str(error).strip().split("\n")[0]
-        raise OSError(f"model {name}: neither a directory with a config.json and a tokenizer, nor a name that the hub "
-                      f"gave us ({reason})") from error
+        raise OSError(f"model {name}: neither a directory with a config.json and a tokenizer, nor "
+                      f"a name that the hub gave us ({reason})") from error
     if not config:
         raise OSError(f"model {name}: no config.json there")
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up without a file
+    # what transformers makes up without a file
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise OSError(f"model {name}: no tokenizer there")
     if tokenizer.pad_token_id is None:
         raise ValueError(f"model {name}: its tokenizer has no padding token")
-    tokenizer.model_max_length = min(tokenizer.model_max_length, config.get("max_position_embeddings", 1 << 30))
-    # fp32: the published files are in half precision. Mismatched sizes: else an error that names no weight.
-    options = dict(dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False)
+    tokenizer.model_max_length = min(
+        tokenizer.model_max_length, config.get("max_position_embeddings", 1 << 30))
+    # fp32: the published files are in half precision. Mismatched sizes: else an error that names
+    # no weight.
+    options = dict(dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True,
+                   trust_remote_code=False)
     try:
         if config.get("position_embedding_type") == "alibi":
-            model, report = jina.from_pretrained(name, config=JinaBertConfig.from_dict(config), **options)
+            jina_config = JinaBertConfig.from_dict(config)
+            model, report = jina.from_pretrained(name, config=jina_config, **options)
         else:
             model, report = auto.from_pretrained(name, **options, **fields)
-    except Exception as error:  # a truncated safetensors file, no weights at all, an architecture nobody knows ...
+    except Exception as error:  # a truncated file, no weights, an unknown architecture ...
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"model {name}: its weights do not open ({reason})") from error
     return model, tokenizer, report  # from_pretrained leaves it in eval mode
@@ -284,18 +310,22 @@ def open_pretrained(
 def check_weights(name: str | Path, model: PreTrainedModel, report: dict, spare: str) -> None:
     """Raises ValueError where weights are missing, misshapen or (JinaBERT) unknown, unless the
     regex `spare` finds them."""
-    kinds = ["missing_keys", "mismatched_keys"] + ["unexpected_keys"] * isinstance(model.config, JinaBertConfig)
+    kinds = ["missing_keys", "mismatched_keys"]
+    if isinstance(model.config, JinaBertConfig):
+        kinds.append("unexpected_keys")
     wrong = [str(key) for kind in kinds for key in report[kind] if not re.search(spare, str(key))]
     if wrong:
-        raise ValueError(f"model {name}: {len(wrong)} weights are missing, of another shape, or unknown here, among "
-                         f"them {min(wrong)}")
+        raise ValueError(f"model {name}: {len(wrong)} weights are missing, of another shape, or "
+                         f"unknown here, among them {min(wrong)}")
 
 
 def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrainedTokenizerBase]:
-    """Opens a directory or a hub name: JinaBERT without remote code, or any encoder that AutoModel opens; fp32 weights.
+    """Opens a directory or a hub name: JinaBERT without remote code, or any encoder that AutoModel
+    opens; fp32 weights.
 
-    Raises OSError where there is no model, ValueError where weights are missing or unknown: transformers would go on
-    with random ones and a report. Its messages and bars are silenced for the rest of the process.
+    Raises OSError where there is no model, ValueError where weights are missing or unknown:
+    transformers would go on with random ones and a report. Its messages and bars are silenced for
+    the rest of the process.
     """
     backbone, tokenizer, report = open_pretrained(name_or_path, JinaBertModel, AutoModel)
     if any(key.startswith("classifier.") for key in report["unexpected_keys"]):
@@ -303,16 +333,13 @@ def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrain
                          f"drop; give an encoder without one")
     check_weights(name_or_path, backbone, report, spare=r"pooler\.")
     if getattr(backbone, "pooler", None) is not None:
-        backbone.pooler.requires_grad_(False)  # BERT's own pooler plays no part in mean pooling, and stays as it came
+        # BERT's own pooler plays no part in mean pooling, and stays as it came
+        backbone.pooler.requires_grad_(False)
     return PooledEncoder(backbone).eval(), tokenizer
 
 
-def write_pretrained(
-    network: PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    directory: str | Path,
-    **fields,
-) -> None:
+def write_pretrained(network: PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase,
+                     directory: str | Path, **fields) -> None:
     """Writes safetensors, tokenizer and config.json. A JinaBERT also gets a copy of this file, and
     these fields into config.json, its `auto_map` among them."""
     directory = Path(directory)
@@ -330,11 +357,8 @@ def write_pretrained(
         (directory / "model.py").write_bytes(Path(__file__).read_bytes())
 
 
-def save(
-    encoder: PooledEncoder,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    directory: str | Path,
-) -> None:
+def save(encoder: PooledEncoder, tokenizer: transformers.PreTrainedTokenizerBase,
+         directory: str | Path) -> None:
     """Writes what `load`, AutoTokenizer and sentence-transformers open: safetensors, tokenizer,
     config.json, modules.json and 1_Pooling/config.json.
 
@@ -348,8 +372,7 @@ def save(
     write_pretrained(
         encoder.backbone, tokenizer, directory,
         architectures=["JinaBertForMaskedLM"], _name_or_path="jinaai/jina-bert-implementation",
-        auto_map={"AutoConfig": "model.JinaBertConfig", "AutoModel": "model.JinaBertModel"},
-    )
+        auto_map={"AutoConfig": "model.JinaBertConfig", "AutoModel": "model.JinaBertModel"})
     pooling = {"word_embedding_dimension": encoder.backbone.config.hidden_size,
                "pooling_mode_mean_tokens": True}
     (directory / "1_Pooling").mkdir(exist_ok=True)
