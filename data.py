@@ -1,7 +1,6 @@
 """Source-wise batches (§5.1): sources with sampling rates, and batches from one source at a time.
 
-    manifest -> load_sources -> [Source] -> SourceBatches -> Batch(source, rows)
-    Batch.texts -> make_micro_batches -> [MicroBatch]
+    manifest -> load_sources -> Source -> SourceBatches -> Batch -> make_micro_batches -> MicroBatch
 
 Paper: for every new batch one source is drawn at random by its sampling rate, and the batch is
 filled from that source alone; the pairs of a source are shuffled beforehand. Ours: all the rest,
@@ -40,18 +39,14 @@ TOKENIZER_ROWS = 500_000  # Ours: more rows than this change a vocabulary of 30,
 # sources
 
 class Source:
-    """A file of pairs with a name and a sampling rate. `hold_out` sets what is evaluated on."""
+    """A file of pairs with a name and a sampling rate. `hold_out` says what of it is trained on."""
 
     def __init__(self, name: str, path: Path, rate: float, kind: str, cache: Path,
                  eval: Path | None = None, collection: Path | None = None):
-        if not path.is_file():
-            raise FileNotFoundError(f"source {name}: {path}: no such file")
         self.name, self.path, self.rate, self.kind = name, path, rate, kind
         self.cache, self.eval, self.collection = cache, eval, collection
         opened = open_index(name, path, cache)
         self.index, self.negative_hashes, self.file, self.fingerprint = opened
-        if not len(self.index):
-            raise ValueError(f"source {name}: {path} holds no pair")
 
     def read(self, row: int) -> Row:
         self.file.seek(int(self.index["offset"][row]))
@@ -70,9 +65,8 @@ class Source:
 
 
 def load_sources(manifest: Path | str) -> list[Source]:
-    """Opens the sources that a manifest (see corpora/formats.py) names, and holds out what they are
-    evaluated on. Indices and unpacked files go into `.cache` beside it.
-    Raises OSError or ValueError, one line each."""
+    """Opens the sources of a manifest (corpora/formats.py), and holds out what is evaluated on.
+    Indices go into `.cache` beside it. Raises OSError or ValueError, one line each."""
     manifest = Path(manifest)
     cache = manifest.parent / ".cache" / "v1"
     sources = [Source(**entry, cache=cache) for entry in read_manifest(manifest)]
@@ -81,8 +75,8 @@ def load_sources(manifest: Path | str) -> list[Source]:
 
 
 def hold_out(sources: list[Source]) -> None:
-    """Sets `held_out`, a source's rows to evaluate on, one a query; `held_out_hashes`, of the targets
-    of all sources; and `train`, the ids of the rows to train on: what one source holds out, no source
+    """Sets `held_out`, a source's rows to evaluate on, one a query; `held_out_hashes`, of the
+    targets of all; and `train`, the ids of the rows to train on: what one source holds out, none
     trains on, neither as a target nor as a query, for equation (4) is symmetric."""
     for source in sources:
         source.held_out = held_out_targets(source)
@@ -112,9 +106,9 @@ def held_out_targets(source: Source) -> list[Row]:
 # batches
 
 class Batch:
-    """Rows of one source, and their texts to embed. Only here it is known how these are ordered: all
-    queries, all positives, all negatives row by row; equal texts are embedded once. Axis letters: B
-    rows, N negatives of a row, M distinct texts, D width."""
+    """Rows of one source, and their texts to embed. Nothing else knows how these are ordered: all
+    queries, all positives, all negatives row by row; equal texts are embedded once. Axis letters:
+    B rows, N negatives of a row, M distinct texts, D width."""
 
     def __init__(self, source: str, rows: list[Row], dropped: int, digest: str):
         self.source = source
@@ -136,25 +130,24 @@ class Batch:
 
 class SourceBatches(Iterator):
     """Endless iterator of source-wise batches, the same global batches for every number of ranks.
-
     batch_size: rows of the global batch; rank r gets those from r * batch_size / world_size on.
     negatives: how many a row gives: 0 in stage II, 15 in the paper's stage III, None for all.
+    Raises ValueError where a source cannot fill a batch.
 
     Ours: no text stands twice in a global batch, as query or positive, and none of these among the
     negatives: in (4) and (5) it would be contrasted with its own copy, or with its answer's. A row
     that collides waits for its source's next batch. Every draw has a seed of its own: the source of
     a batch (seed, step), the order of an epoch (seed, source, epoch), a row's negatives (seed,
     source, epoch, row). So the state is a cursor and the ids of the rows that wait, and resuming
-    replays nothing. Raises ValueError where a source cannot fill a batch.
-    """
+    replays nothing."""
 
     def __init__(self, sources: list[Source], batch_size: int, seed: int, rank: int = 0,
                  world_size: int = 1, negatives: int | None = None):
         if batch_size % world_size:
             raise ValueError(f"--batch-size {batch_size} is not a multiple of the {world_size} "
                              f"ranks; it is the global batch")
-        self.sources, self.batch_size, self.seed = sources, batch_size, seed
-        self.negatives = negatives
+        self.sources, self.batch_size = sources, batch_size
+        self.seed, self.negatives = seed, negatives
         self.slice = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         rates = [source.rate for source in sources]
         self.probabilities = np.array(rates) / sum(rates)
@@ -185,10 +178,11 @@ class SourceBatches(Iterator):
                 digest = text_hash(str([row for row, _ in picked]))
                 rows = []
                 for row, chosen in picked[self.slice]:
-                    row = source.read(row)
-                    rows.append(row._replace(negatives=[row.negatives[j] for j in chosen]))
+                    read = source.read(row)
+                    rows.append(read._replace(negatives=[read.negatives[j] for j in chosen]))
                 return Batch(source.name, rows, dropped, f"{digest:016x}")
-            dropped += len(picked) + self._end_epoch(source)
+            dropped += len(picked) + len(self.states[source.name]["waiting"])
+            self._next_epoch(source)
         raise ValueError(f"source {source.name}: a whole epoch gives {len(picked)} rows that fit "
                          f"together (no text twice, none among the negatives), but --batch-size "
                          f"{self.batch_size}; lower it")
@@ -238,8 +232,8 @@ class SourceBatches(Iterator):
         if self.negatives == 0:
             return {}
         query, positive, hashes = source.hashes(row)
-        left = {j: hash for j, hash in enumerate(hashes)
-                if hash not in (query, positive) and hash not in source.held_out_hashes}
+        left = {j: h for j, h in enumerate(hashes)
+                if h not in (query, positive) and h not in source.held_out_hashes}
         if self.negatives is None or len(left) <= self.negatives:
             return left
         epoch = self.states[source.name]["epoch"]
@@ -247,17 +241,14 @@ class SourceBatches(Iterator):
         drawn = rng.choice(list(left), self.negatives, replace=False)
         return {j: left[j] for j in sorted(drawn.tolist())}
 
-    def _end_epoch(self, source: Source) -> int:
-        """Drops the rows that still wait. -> how many."""
-        waiting = self.states[source.name]["waiting"]
-        epoch = self.states[source.name]["epoch"] + 1
-        self.states[source.name] = {"epoch": epoch, "cursor": 0, "waiting": []}
+    def _next_epoch(self, source: Source) -> None:
+        """Rows that still wait are dropped."""
+        state = self.states[source.name]
+        state.update(epoch=state["epoch"] + 1, cursor=0, waiting=[])
         del self.orders[source.name]
-        return len(waiting)
 
     def state_dict(self) -> dict:
-        """JSON-able: the step and, per source, epoch, cursor and the rows that wait; and what must
-        be the same to go on."""
+        """JSON-able: the step, how far each source is, and what must be the same to go on."""
         corpus = [[s.name, s.rate, len(s.train), s.fingerprint] for s in self.sources]
         return {"seed": self.seed, "batch_size": self.batch_size, "negatives": self.negatives,
                 "corpus": corpus, "step": self.step,
@@ -265,22 +256,20 @@ class SourceBatches(Iterator):
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on where `state` was taken. Raises ValueError when it was taken of other batches."""
-        here = self.state_dict()
         for what in ("seed", "batch_size", "negatives", "corpus"):
-            then, now = state.get(what), here[what]
-            if then == now:
-                continue
-            if what == "corpus":  # the first source that differs
+            then, now = state.get(what), self.state_dict()[what]
+            if what == "corpus" and then != now:  # the first source that differs
                 then, now = next((a, b) for a, b in zip_longest(then or [], now) if a != b)
-            raise ValueError(f"the checkpoint was made with another {what}: {then}, now {now}")
+            if then != now:
+                raise ValueError(f"the checkpoint was made with another {what}: {then}, now {now}")
         self.step = state["step"]
         self.states = {name: dict(saved) for name, saved in state["sources"].items()}
         self.orders.clear()
 
 
 def with_negatives(source: Source, count: int) -> np.ndarray:
-    """The rows to train on of which `count` negatives are not held out. Raises ValueError naming the
-    line with the fewest negatives, where it has too few to begin with."""
+    """The rows to train on of which `count` negatives are not held out. Raises ValueError naming
+    the line with the fewest negatives, where it has too few to begin with."""
     rows = source.train
     counts = source.index["negatives"][rows].astype(int)
     if counts.min(initial=count) < count:
@@ -288,7 +277,7 @@ def with_negatives(source: Source, count: int) -> np.ndarray:
         raise ValueError(f"{source.path}, line {line}: {counts.min()} negatives, but --negatives "
                          f"{count}; lower it, or mine more")
     held_out = is_among(source.negative_hashes, source.held_out_hashes)
-    before = np.concatenate([[0], held_out.cumsum()])  # how many of the first 0, 1, 2 ... are
+    before = np.concatenate([[0], held_out.cumsum()])  # so that a row's number is a difference
     first = source.index["first_negative"][rows].astype(int)
     return rows[counts - (before[first + counts] - before[first]) >= count]
 
@@ -321,8 +310,8 @@ class MicroBatch(NamedTuple):
 
 def make_micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: int,
                        whole: bool = False) -> list[MicroBatch]:
-    """A step's texts in micro-batches of at most `micro_tokens` tokens, padding included; a single
-    text may exceed that. whole: all in one. Raises ValueError for a length the model cannot take."""
+    """A step's texts in micro-batches of at most `micro_tokens` tokens, padding included, or of one
+    longer text. whole: all in one. Raises ValueError for a `max_length` beyond the model's."""
     if not 3 <= max_length <= tokenizer.model_max_length:  # [CLS], one token, [SEP]
         raise ValueError(f"--max-length {max_length}: expected 3 to {tokenizer.model_max_length} "
                          f"tokens for this model")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # The fields in which an object has its query, its positives and its negatives. A new layout is a
-# new line here. Layouts may be mixed: of the names in a column, the first that the object has counts.
+# new line here. They may be mixed: of the names in a column, the first that the object has counts.
 LAYOUTS = {
     "ours": ("query", "positive", "negatives"),
     "sentence-transformers": ("anchor", "positive", "negative"),
@@ -125,7 +125,9 @@ def read_manifest(path: Path) -> list[dict]:
 
     A manifest is a JSON list of such objects, which may also have a "licence", or the
     data_config.json of sentence-transformers ({"name", "lines", "weight"}). Unless said, the path
-    is the name, the rate is the weight or 1, and the kind is "retrieval".
+    is the name, the rate is the weight or 1, and the kind is "retrieval"; "similarity" is for
+    §5.2's random negatives. eval: a file of pairs to evaluate on; collection: a file whose
+    positives may become negatives too.
     Raises FileNotFoundError, and ValueError naming file, source and field."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such manifest")
@@ -134,15 +136,15 @@ def read_manifest(path: Path) -> list[dict]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); a manifest is a JSON list of "
                          f"sources") from None
-    if not isinstance(values, list) or not values \
-            or not all(isinstance(value, dict) for value in values):
+    objects = isinstance(values, list) and all(isinstance(value, dict) for value in values)
+    if not objects or not values:
         raise ValueError(f"{path}: expected a list of sources, each an object with a name and a "
                          f"path")
     entries = []
     for number, value in enumerate(values, 1):
         entry = {"name": None, "path": value.get("name"), "rate": value.get("weight", 1),
                  "kind": "retrieval", "eval": None, "collection": None} | value
-        check_entry(entry, f"{path}, source {number}", [entry["name"] for entry in entries])
+        check_entry(entry, f"{path}, source {number}", [one["name"] for one in entries])
         entry["path"] = path.parent / entry["path"]
         for field in ("eval", "collection"):
             entry[field] = path.parent / entry[field] if entry[field] else None

@@ -33,7 +33,10 @@ class Index(NamedTuple):
 
 def open_index(name: str, path: Path, cache: Path) -> Index:
     """The index of a .jsonl or .jsonl.gz file, written into a folder of `cache` unless it is there.
-    name: the source, for what is printed. Raises ValueError naming file, line and field."""
+    name: of the source, for messages. Raises FileNotFoundError, and ValueError where the file holds
+    no row, or a bad one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"source {name}: {path}: no such file")
     stat = path.stat()  # a changed file is a new one
     version = hexdigest(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
     directory = cache / f"{path.name.split('.')[0]}-{version}"
@@ -43,6 +46,8 @@ def open_index(name: str, path: Path, cache: Path) -> Index:
             print(f"source {name}: indexing and unpacking {path} once, into {cache}", flush=True)
         publish(directory, lambda part: write_index(path, part), replace=False)
     rows = open_array(directory / "rows", INDEX_ROW)
+    if not len(rows):
+        raise ValueError(f"source {name}: {path} holds no pair")
     negative_hashes = open_array(directory / "negatives", HASH)
     file = open(directory / "unpacked.jsonl" if packed else path, "rb")
     return Index(rows, negative_hashes, file, hexdigest(rows, negative_hashes))
@@ -80,10 +85,7 @@ def hexdigest(*parts: bytes | np.ndarray) -> str:
 def line_number(file: BinaryIO, offset: int) -> int:
     """Of the line in which this byte stands, from 1."""
     file.seek(0)
-    for number, _ in enumerate(file, 1):
-        if file.tell() > offset:
-            return number
-    raise ValueError(f"the file has no byte {offset}")
+    return next(number for number, _ in enumerate(file, 1) if file.tell() > offset)
 
 
 def is_among(hashes: np.ndarray, some: set[int]) -> np.ndarray:
