@@ -1,102 +1,43 @@
-"""Exact search among more texts than fit in memory: vectors in chunks on disk, cosines block by block, no index.
+"""Texts to search among: the distinct texts of some sources, what a bi-encoder finds there for a
+query, and which of them are known to answer it.
 
-    Pool (distinct texts of sources) -> Embedder.chunks (unit vectors on disk) -> ranks, nearest
+    Pool -> Embedder.chunks (unit vectors on disk) -> Retriever.nearest
 
-What is done is kept, chunk by chunk, so that a command that was interrupted goes on (`Work`). Nothing here knows which pairs
-or negatives are good ones. Axis letters: M queries, K texts of a pool, C nearest ones, D width.
+Nothing here knows which pairs or negatives are good ones. Axis letters: M queries, C nearest texts,
+D width.
 """
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from functools import cache, cached_property
-from hashlib import blake2b
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import memory
 import model
+from corpora.index import is_among
+from curation.sources import collection, with_collections
+from curation.work import Work
 from data import Source
 from evaluation import search
 from evaluation.embed import embed
 from evaluation.search import Cells
-from plumbing.files import publish, sync
-
-
-class Work:
-    """What a command has done so far: arrays by name in OUT.work, each complete or absent, until `finish` publishes OUT.
-
-    identity: JSON-able, what must be the same for another start to go on. Raises ValueError where it is not, and where OUT is
-    not empty. For one process at a time.
-    """
-
-    def __init__(self, out: str, identity: dict):
-        self.out = Path(out).resolve()
-        self.directory = self.out.with_name(f"{self.out.name}.work")
-        self._check_out()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / "identity.json"
-        work = {file.name for file in self.directory.iterdir()} - {path.name, "part.json"}
-        if work and not path.is_file():
-            raise ValueError(f"{self.directory}: holds something else, and would be removed at the end; choose another --out")
-        try:
-            then = json.loads(path.read_text()) if work else identity
-        except ValueError as error:
-            raise ValueError(f"{path}: does not open ({error}); remove {self.directory}") from None
-        for what in identity:
-            if then.get(what) != identity[what]:
-                values = f" ({then.get(what)}, now {identity[what]})" if len(str(identity[what])) < 60 else ""
-                raise ValueError(f"{self.directory} holds the work of another command, with another {what}{values}; remove "
-                                 f"that folder, or choose another --out")
-        self._write(path, lambda part: part.write_text(json.dumps(identity)))
-
-    def _check_out(self) -> None:
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ValueError(f"--out {self.out}: is not empty; choose another")
-
-    def _write(self, path: Path, write: Callable[[Path], None]) -> None:
-        part = path.with_name(f"part{path.suffix}")
-        write(part)
-        sync(part)
-        os.replace(part, path)
-
-    def keep(self, name: str, compute: Callable[[], np.ndarray]) -> Path:
-        """The file of the array of that name, computed unless an earlier start did."""
-        path = self.directory / f"{quote(name, '')}.npy"
-        if not path.is_file():
-            self._write(path, lambda part: np.save(part, compute()))
-        return path
-
-    def finish(self, write: Callable[[Path], None]) -> None:
-        publish(self.out, lambda part: (write(part), self._check_out()))
-        shutil.rmtree(self.directory)
 
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def fingerprint(module: nn.Module) -> str:
-    weights = blake2b(digest_size=8)
-    for parameter in module.parameters():
-        weights.update(parameter.detach().cpu().numpy().tobytes())
-    return weights.hexdigest()
-
-
 class Part(NamedTuple):
-    """Texts of a source, by row and by which of the row's texts: -1 its positive, j its negative j."""
+    """Texts of a source, by row and by which of the row's texts."""
 
     source: Source
     rows: np.ndarray
-    items: np.ndarray
+    items: np.ndarray  # -1 is the row's positive, j its negative j
     hashes: np.ndarray
 
 
@@ -105,31 +46,44 @@ def positives(source: Source, rows: np.ndarray) -> Part:
 
 
 def negatives(source: Source, rows: np.ndarray) -> Part:
-    count = source.index["negatives"][rows].astype(int)
-    items = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
-    first = np.repeat(source.index["first_negative"][rows].astype(int), count)
-    return Part(source, np.repeat(rows, count), items, source.negative_hashes[first + items])
+    """Those that the rows come with."""
+    counts = source.index["negatives"][rows].astype(int)
+    items = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # 0, 1 .. of each
+    first = np.repeat(source.index["first_negative"][rows].astype(int), counts)
+    return Part(source, np.repeat(rows, counts), items, source.negative_hashes[first + items])
+
+
+def searched(source: Source, rows: np.ndarray) -> list[Part]:
+    """Where negatives of these rows may come from: targets, given negatives, and the targets of the
+    source's collection."""
+    parts = [positives(source, rows), negatives(source, rows)]
+    if more := collection(source):
+        parts.append(positives(more, np.arange(len(more.index))))
+    return parts
 
 
 class Pool:
-    """The distinct texts of some parts that are not held out, in the order of their hashes; or `count` of them at random."""
+    """The distinct texts of some parts that are not held out, in the order of their hashes; or
+    `count` of them at random."""
 
     def __init__(self, parts: list[Part], count: int | None = None, seed: int = 0):
-        sources, rows, items, hashes = zip(*parts)
-        self.hashes, first = np.unique(np.concatenate(hashes), return_index=True)
-        free = np.flatnonzero(~np.isin(self.hashes, np.array(list(sources[0].held_out_hashes), "<u8")))
-        if count is not None and count < len(free):
-            free = np.sort(np.random.default_rng(seed).permutation(free)[:count])
-        self.hashes, first = self.hashes[free], first[free]
-        self.sources, self.source = sources, np.repeat(np.arange(len(parts)), [len(r) for r in rows])[first]
-        self.rows, self.items = np.concatenate(rows)[first], np.concatenate(items)[first]
+        hashes, first = np.unique(np.concatenate([p.hashes for p in parts]), return_index=True)
+        chosen = np.flatnonzero(~is_among(hashes, parts[0].source.held_out_hashes))
+        if count is not None and count < len(chosen):
+            chosen = np.sort(np.random.default_rng(seed).permutation(chosen)[:count])
+        self.hashes, first = hashes[chosen], first[chosen]
+        self.parts = parts
+        self.part = np.repeat(np.arange(len(parts)), [len(part.rows) for part in parts])[first]
+        self.rows = np.concatenate([part.rows for part in parts])[first]
+        self.items = np.concatenate([part.items for part in parts])[first]
 
     def __len__(self) -> int:
         return len(self.hashes)
 
     def text(self, position: int) -> str:
-        row = self.sources[self.source[position]].read(self.rows[position])
-        return row.positive if self.items[position] < 0 else row.negatives[self.items[position]]
+        row = self.parts[self.part[position]].source.read(self.rows[position])
+        item = self.items[position]
+        return row.positive if item < 0 else row.negatives[item]
 
     def find(self, hashes: np.ndarray) -> Cells:
         """Which of these hashes (M,) are in the pool, and at which positions."""
@@ -155,42 +109,36 @@ class Embedder:
 
     def chunks(self, work: Work, name: str, pool: Pool) -> list[Path]:
         """The vectors of a pool, in files of `chunk` rows."""
-        starts = tqdm(range(0, len(pool), self.chunk), unit="chunk", desc=f"embedding {name}")
-        return [work.keep(f"{name}-{start}", lambda: self([pool.text(i) for i in positions]).cpu().numpy())
-                for start in starts for positions in [range(start, min(start + self.chunk, len(pool)))]]
+        def embed_from(first: int) -> np.ndarray:
+            positions = range(first, min(first + self.chunk, len(pool)))
+            return self([pool.text(position) for position in positions]).cpu().numpy()
+
+        starts = range(0, len(pool), self.chunk)
+        return [work.keep(f"{name}-{first}", partial(embed_from, first))
+                for first in tqdm(starts, unit="chunk", desc=f"embedding {name}")]
 
 
 class KnownPositives:
     """Which texts of a pool any of the sources has as a positive of a query."""
 
     def __init__(self, sources: list[Source], pool: Pool):
-        found = [(s, *pool.find(s.index["positive"])) for s in sources]
-        queries = np.concatenate([s.index["query"][there] for s, there, _ in found])
+        queries, positions = [], []
+        for source in sources:
+            rows, position = pool.find(source.index["positive"])
+            queries.append(source.index["query"][rows])
+            positions.append(position)
+        queries, positions = np.concatenate(queries), np.concatenate(positions)
         order = np.argsort(queries, kind="stable")
-        self.pool, self.queries, self.positions = pool, queries[order], np.concatenate([position for *_, position in found])[order]
+        self.pool, self.queries, self.positions = pool, queries[order], positions[order]
 
     def cells(self, queries: np.ndarray) -> Cells:
-        """Where in the pool the positives of these queries (their hashes, (M,)) stand, and the queries' own texts."""
+        """Where in the pool the positives of these queries (their hashes, (M,)) stand, and the
+        queries' own texts."""
         first, last = (np.searchsorted(self.queries, queries, side) for side in ("left", "right"))
+        positives = [self.positions[a:b] for a, b in zip(first, last)]
         there, own = self.pool.find(queries)
         return (np.concatenate([there, np.repeat(np.arange(len(queries)), last - first)]),
-                np.concatenate([own, *(self.positions[a:b] for a, b in zip(first, last))]))
-
-
-@cache
-def collection(source: Source) -> list[Source]:
-    """The source's collection, opened, where it has one."""
-    return [Source(f"{source.name}, collection", source.collection, 1, source.kind, source.cache)] if source.collection else []
-
-
-def searched(source: Source, rows: np.ndarray) -> list[Part]:
-    """Where negatives of these rows may come from: targets, given negatives, and the targets of the source's collection."""
-    return [positives(source, rows), negatives(source, rows),
-            *(positives(more, np.arange(len(more.index))) for more in collection(source))]
-
-
-def with_collections(sources: list[Source]) -> list[Source]:
-    return [*sources, *(more for source in sources for more in collection(source))]
+                np.concatenate([own, *positives]))
 
 
 class Retriever:
@@ -206,10 +154,10 @@ class Retriever:
         return self.embed.chunks(self.work, f"pool-{self.source.name}", self.pool)
 
     def excluded(self, rows: np.ndarray) -> Cells:
-        """What is no negative of these rows."""
+        """What is no negative of these rows: a known positive of the query, or its own text."""
         return self.known.cells(self.source.index["query"][rows])
 
-    def __call__(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """-> positions in the pool (M, C) and cosines (M, C), as `nearest`."""
+    def nearest(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """-> positions in the pool (M, C) and cosines (M, C), as `search.nearest`."""
         q = self.embed([self.source.read(row).query for row in rows])
         return search.nearest(q, self.vectors, count, self.excluded(rows))

@@ -1,8 +1,8 @@
 """Exact search among more vectors than fit in memory: cosines block by block, no index.
 
-Axis letters: M queries, K texts of a pool, C nearest ones, D width. A pool's vectors come in
-chunks, arrays (k, D) or files of them, of length 1. A position in a pool is 0-based; a position
-among search results is 1-based.
+A pool's vectors come in chunks, arrays (k, D) or files of them, of length 1. A position in a pool
+is 0-based; a position among search results is 1-based. Axis letters: M queries, K texts of a pool,
+k of a chunk, C nearest ones, D width. Nothing here knows what the texts are.
 """
 
 from collections.abc import Iterator
@@ -14,17 +14,19 @@ from torch import Tensor
 
 from evaluation.metrics import SCORES_AT_ONCE, TIE
 
-Cells = tuple[np.ndarray, np.ndarray]  # (which queries, which positions of a pool), one entry a cell
-NONE = np.empty(0, int), np.empty(0, int)
+Chunks = list[Path | np.ndarray]
+Cells = tuple[np.ndarray, np.ndarray]  # (which queries, which positions in a pool), a cell each
 
 
-def blocks(q: Tensor, chunks: list[Path | np.ndarray], excluded: Cells) -> Iterator[tuple[slice, int, Tensor]]:
-    """Cosines of queries q (M, D) and a pool, -inf where excluded -> which queries, the position of
-    the first column, (m, k)."""
-    first, order = 0, np.argsort(excluded[1])
+def blocks(q: Tensor, chunks: Chunks, excluded: Cells) -> Iterator[tuple[slice, int, Tensor]]:
+    """Cosines of queries q (M, D) and a pool, -inf where excluded, some queries and a chunk at a
+    time. -> which queries (m), the position of the first column, cosines (m, k)."""
+    order = np.argsort(excluded[1])
     query, position = excluded[0][order], excluded[1][order].astype(int)
+    first = 0
     for chunk in chunks:
-        vectors = torch.from_numpy(np.load(chunk) if isinstance(chunk, Path) else chunk).to(q.device)
+        vectors = np.load(chunk) if isinstance(chunk, Path) else chunk
+        vectors = torch.from_numpy(vectors).to(q.device)
         size = max(1, SCORES_AT_ONCE // len(vectors))
         here = slice(*np.searchsorted(position, (first, first + len(vectors))))
         for start in range(0, len(q), size):
@@ -36,18 +38,19 @@ def blocks(q: Tensor, chunks: list[Path | np.ndarray], excluded: Cells) -> Itera
         first += len(vectors)
 
 
-def positions(q: Tensor, own: Tensor, chunks: list[Path | np.ndarray], excluded: Cells) -> np.ndarray:
+def positions(q: Tensor, own: Tensor, chunks: Chunks, excluded: Cells) -> np.ndarray:
     """1-based position of each query's own target among itself and a pool, in which it is excluded:
     1 + the number of texts as near to the query, or nearer. Ties count against us, as in
     `metrics.positions`. q, own (M, D) -> (M,)."""
-    cosine, found = (q * own).sum(1), torch.ones(len(q), dtype=torch.long, device=q.device)
+    cosine = (q * own).sum(1)
+    found = torch.ones(len(q), dtype=torch.long, device=q.device)
     for rows, _, block in blocks(q, chunks, excluded):
         found[rows] += (block >= cosine[rows, None] - TIE).sum(1)
     return found.cpu().numpy()
 
 
 def nearest(
-    q: Tensor, chunks: list[Path | np.ndarray], count: int, excluded: Cells = NONE
+    q: Tensor, chunks: Chunks, count: int, excluded: Cells
 ) -> tuple[np.ndarray, np.ndarray]:
     """The nearest texts of a pool, the nearest first; of equal ones at the end of the list, those
     that torch.topk gives. -> positions (M, C), cosines (M, C), -inf where a pool has no more."""

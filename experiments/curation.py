@@ -1,39 +1,50 @@
-"""Planted errors: does the filter find swapped targets (§5.1), and does the cross-encoder find false negatives (§5.2)?
+"""Planted errors: does the filter find swapped targets (§5.1), does the cross-encoder find false
+negatives (§5.2)?
 
-    python -m experiments.curation swapped --model DIR [--sources MANIFEST] [--rows 20000] [--pool 20000]
+    python -m experiments.curation swapped --model DIR [--sources MANIFEST] [--rows 20000]
     python -m experiments.curation copies --model DIR [--sources MANIFEST] [--rows 2000]
 
-swapped: in a tenth of the rows of every source, targets change places at random; then curate.py filter. copies: a cross-encoder
-is trained on other rows; then, for every row, three false negatives go among the candidates: its positive with an accent that
-tokenizers strip, its positive with its sentences in another order, and that with every seventh word gone; then curate.py mine
-at several margins, beside the 15 that the retriever finds without a cross-encoder.
+swapped: in a tenth of the rows of every source, targets change places at random; then the filter.
+copies: a cross-encoder is trained on other rows; then, for every row, three false negatives go
+among the candidates: its positive with an accent that tokenizers strip, its positive with its
+sentences in another order, and that with every seventh word gone; then negatives are mined at
+several margins, beside the 15 that the retriever finds without a cross-encoder.
 """
 
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
 import data
-from corpora import formats
-from curation import __main__ as curate
-from curation import pool as search
 from corpora import installed_docs
+from corpora.formats import Row, text_hash
+from curation import __main__ as curation
+from curation import reranker
+from curation.pool import Embedder, Retriever
+from curation.sources import draw, write_lines
+from curation.work import Work
+
+CANDIDATES = "20"
 
 
-def rewritten(sources: list[data.Source], rows: dict[str, np.ndarray], directory: Path, change) -> Path:
-    """A manifest in `directory` of these rows, as change(rows of a source, rng) makes them, with what is held out."""
+def rewrite(
+    sources: list[data.Source], rows: dict[str, np.ndarray], directory: Path, change: Callable
+) -> Path:
+    """A manifest in `directory` of these rows, as change(rows of a source, seed) makes them, with
+    what is held out."""
+    (directory / "eval").mkdir(parents=True)
     manifest = []
-    for source in sources:
-        (directory / "eval").mkdir(parents=True, exist_ok=True)
-        made = change([source.read(i) for i in rows[source.name]], np.random.default_rng(len(manifest)))
-        curate.write_lines(directory / f"{source.name}.jsonl", made)
+    for number, source in enumerate(sources):
+        name = f"{source.name}.jsonl"
+        write_lines(directory / name, change([source.read(i) for i in rows[source.name]], number))
         held_out = ({"query": row.query, "positive": row.positive} for row in source.held_out)
-        curate.write_lines(directory / "eval" / f"{source.name}.jsonl", held_out)
-        manifest.append({"name": source.name, "path": f"{source.name}.jsonl", "eval": f"eval/{source.name}.jsonl",
+        write_lines(directory / "eval" / name, held_out)
+        manifest.append({"name": source.name, "path": name, "eval": f"eval/{name}",
                          "rate": source.rate, "kind": source.kind})
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory / "manifest.json"
@@ -43,24 +54,41 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
-def swapped(args: argparse.Namespace, sources: list[data.Source], directory: Path) -> None:
-    def swap(rows, rng):
-        chosen = rng.permutation(len(rows))[: len(rows) // 10]
-        target = {i: rows[j].positive for i, j in zip(chosen, np.roll(chosen, 1))
-                  if formats.text_hash(rows[i].positive) != formats.text_hash(rows[j].positive)}
-        return [{"query": row.query, "positive": target.get(i, row.positive), "negatives": [str(i in target)]}
-                for i, row in enumerate(rows)]  # whether it was swapped goes along as a negative
+# §5.1: swapped targets
 
-    manifest, out = rewritten(sources, curate.draw(sources, args.rows, 0), directory, swap), directory / "out"
-    curate.main(["filter", "--sources", str(manifest), "--model", args.model, "--pool", str(args.pool), "--out", str(out),
-                 "--top-k", str(args.top_k), "--max-length", str(args.max_length)])
+def swap(rows: list[Row], seed: int) -> list[dict]:
+    """A tenth of the rows with each other's targets. Whether a row's was swapped goes along as its
+    negative."""
+    chosen = np.random.default_rng(seed).permutation(len(rows))[: len(rows) // 10]
+    targets = {}
+    for i, j in zip(chosen, np.roll(chosen, 1)):
+        if text_hash(rows[i].positive) != text_hash(rows[j].positive):
+            targets[i] = rows[j].positive
+    return [{"query": row.query, "positive": targets.get(i, row.positive),
+             "negatives": [str(i in targets)]} for i, row in enumerate(rows)]
+
+
+def count_swapped(path: Path) -> tuple[int, int]:
+    """-> swapped rows of a file, others."""
+    flags = [row["negatives"] for row in lines(path)]
+    return flags.count(["True"]), flags.count(["False"])
+
+
+def swapped(args: argparse.Namespace, sources: list[data.Source], directory: Path) -> None:
+    out = directory / "out"
+    manifest = rewrite(sources, draw(sources, args.rows, 0), directory, swap)
+    curation.main(["filter", "--sources", str(manifest), "--model", args.model, "--out", str(out),
+                   "--pool", str(args.pool), "--top-k", str(args.top_k),
+                   "--max-length", str(args.max_length)])
     print(f"{'':26}{'swapped':>10}{'dropped':>10}{'true':>10}{'kept':>10}")
     for source in sources:
-        before, kept = (lines(folder / f"{source.name}.jsonl") for folder in (directory, out))
-        (wrong, right), (wrong_kept, right_kept) = (
-            [sum(row["negatives"] == [flag] for row in rows) for flag in ("True", "False")] for rows in (before, kept))
-        print(f"{source.name:26}{wrong:10}{1 - wrong_kept / max(wrong, 1):10.1%}{right:10}{right_kept / right:10.1%}")
+        wrong, right = count_swapped(directory / f"{source.name}.jsonl")
+        wrong_kept, right_kept = count_swapped(out / f"{source.name}.jsonl")
+        print(f"{source.name:26}{wrong:10}{1 - wrong_kept / max(wrong, 1):10.1%}"
+              f"{right:10}{right_kept / right:10.1%}")
 
+
+# §5.2: false negatives
 
 def copy(text: str) -> str:
     return text[0] + "\u0301" + text[1:]
@@ -82,42 +110,58 @@ def shortened(text: str) -> str:
 CHANGES = {"copy": copy, "reordered": reordered, "reordered, words gone": shortened}
 
 
-def copies(args: argparse.Namespace, sources: list[data.Source], directory: Path) -> None:
-    def plant(rows, rng):
-        return [{"query": row.query, "positive": row.positive,
-                 "negatives": [change(row.positive) for change in CHANGES.values()]} for row in rows]
+def plant(rows: list[Row], seed: int) -> list[dict]:
+    return [{"query": row.query, "positive": row.positive,
+             "negatives": [change(row.positive) for change in CHANGES.values()]} for row in rows]
 
-    rows = curate.draw(sources, args.rows, 0)
-    others = curate.draw(sources, curate.JUDGE_STEPS * curate.JUDGE_QUERIES, 0, apart=rows)
-    plain = rewritten(sources, others, directory / "others", lambda rows, _: [{"query": row.query, "positive": row.positive}
-                                                                              for row in rows])
-    run, judge = ["--candidates", "20", "--max-length", str(args.max_length)], str(directory / "judge")
-    curate.main(["cross-encoder", "--sources", str(plain), "--model", args.model, "--out", judge, *run])
-    manifest = rewritten(sources, rows, directory, plant)
-    run += ["--sources", str(manifest), "--retriever", args.model, "--cross-encoder", judge]
-    planted = data.load_sources(manifest)
-    embed = search.Embedder(args.model, args.max_length, 16384, 8192)
-    work, nearest = search.Work(str(directory / "nearest"), {}), []
-    for source in planted:
-        retriever = search.Retriever(source, planted, embed, work)
-        nearest += [{retriever.pool.text(place) for place in places} for places in retriever(source.train, 15)[0]]
-    mined = {"no judge": nearest}
-    for margin in "0", "0.1", "0.2", "0.4":
+
+def plain(rows: list[Row], seed: int) -> list[dict]:
+    return [{"query": row.query, "positive": row.positive} for row in rows]
+
+
+def copies(args: argparse.Namespace, sources: list[data.Source], directory: Path) -> None:
+    rows = draw(sources, args.rows, 0)
+    others = draw(sources, reranker.STEPS * reranker.QUERIES, 0, apart=rows)
+    trained = str(directory / "cross-encoder")
+    flags = ["--candidates", CANDIDATES, "--max-length", str(args.max_length)]
+    curation.main(["cross-encoder", *flags, "--model", args.model, "--out", trained, "--sources",
+                   str(rewrite(sources, others, directory / "others", plain))])
+    manifest = rewrite(sources, rows, directory, plant)
+    mined = {"unscored": nearest(manifest, args, directory)}
+    for margin in ("0", "0.1", "0.2", "0.4"):
         out = directory / f"mined-{margin}"
-        curate.main(["mine", *run, "--margin", margin, "--out", str(out)])
-        mined[margin] = [{n for n, origin in zip(row["negatives"], row["mined"]) if origin["from"] == "retriever"}
+        curation.main(["mine", *flags, "--sources", str(manifest), "--retriever", args.model,
+                       "--cross-encoder", trained, "--margin", margin, "--out", str(out)])
+        mined[margin] = [{negative for negative, origin in zip(row["negatives"], row["mined"])
+                          if origin["from"] == "retriever"}
                          for source in sources for row in lines(out / f"{source.name}.jsonl")]
-    rows = [row["negatives"] for source in sources for row in lines(directory / f"{source.name}.jsonl")]
-    print(f"{f'mined as a negative, of {len(rows)} rows; margin':52}" + "".join(f"{margin:>10}" for margin in mined))
+    planted = [row["negatives"] for source in sources
+               for row in lines(directory / f"{source.name}.jsonl")]
+    title = f"mined as a negative, of {len(planted)} rows; margin"
+    print(f"{title:52}" + "".join(f"{margin:>10}" for margin in mined))
     for i, name in enumerate(CHANGES):
-        shares = [np.mean([row[i] in negatives for row, negatives in zip(rows, found)]) for found in mined.values()]
+        shares = [np.mean([row[i] in negatives for row, negatives in zip(planted, found)])
+                  for found in mined.values()]
         print(f"{name:52}" + "".join(f"{share:10.1%}" for share in shares))
 
 
+def nearest(manifest: Path, args: argparse.Namespace, directory: Path) -> list[set[str]]:
+    """The 15 that the retriever finds for each row: what there would be without a cross-encoder."""
+    sources = data.load_sources(manifest)
+    embed = Embedder(args.model, args.max_length, micro_tokens=16384, chunk=8192)
+    work, found = Work(str(directory / "nearest"), {}), []
+    for source in sources:
+        retriever = Retriever(source, sources, embed, work)
+        positions, _ = retriever.nearest(source.train, 15)
+        found += [{retriever.pool.text(i) for i in row} for row in positions]
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for run, rows in (swapped, 20000), (copies, 2000):
+    for run, rows in ((swapped, 20000), (copies, 2000)):
         command = commands.add_parser(run.__name__)
         command.set_defaults(run=run)
         command.add_argument("--model", required=True)
