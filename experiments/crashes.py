@@ -1,12 +1,14 @@
-"""Kills runs of train.py with `kill -9` at random moments, resumes them until they end, and compares what they leave with a
-run that nobody killed.
+"""Kills runs of train.py with `kill -9` at random moments, resumes them until they end, and
+compares what they leave with a run that nobody killed.
 
-    python -m experiments.crashes                               20 runs of one process: everything must be bit-identical
-    python -m experiments.crashes --runs 6 --ranks 2 --zero 2   losses to a relative 1e-6, everything else equal
+    python -m experiments.crashes
+        20 runs of one process: everything must be bit-identical
+    python -m experiments.crashes --runs 6 --ranks 2 --zero 2
+        losses to a relative 1e-6, everything else equal
 
-Half of the kills are aimed at the writing of a checkpoint, some at that of the final model: they come while a `.part-` folder
-is there.
-A killed process loses nothing that it has written; what a power cut does to a disk is not tried here.
+Half of the kills are aimed at the writing of a checkpoint, some at that of the final model: they
+come while a `.part-` folder is there. A killed process loses nothing that it has written; what a
+power cut does to a disk is not tried here.
 """
 
 import argparse
@@ -29,38 +31,53 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c d e f g h i j".split()
 STEPS, SAVE_EVERY = 60, 4
 CHECKPOINT, MODEL = "checkpoints/*.part-*", "model.part-*"  # what a kill is aimed at
-FLAGS = ["--sources", "sources.json", "--model", "toy", "--batch-size", "12", "--micro-tokens", "128", "--precision", "fp32",
-         "--lr", "1e-3", "--eval-every", "10"]
+FLAGS = ["--sources", "sources.json", "--model", "toy", "--batch-size", "12",
+         "--micro-tokens", "128", "--precision", "fp32", "--lr", "1e-3", "--eval-every", "10"]
 
+
+# the runs
 
 def make_toy(folder: Path) -> None:
-    """sources.json, two sources of 60 rows, which a run passes over many times, and `toy`, a JinaBERT with dropout 0.1."""
+    """sources.json, two sources of 60 rows, which a run passes over many times, and `toy`, a
+    JinaBERT with dropout 0.1."""
     for name in ("left", "right"):
-        rows = [[" ".join([*(WORDS[5 + (i * m + i // 10 * j) % 10] for j in range(3 + i % 4)), f"{name}{i} {m}"])
-                 for m in (1, 2)] for i in range(60)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "sources.json").write_text('[{"name": "left", "path": "left.jsonl", "rate": 1}, '
-                                         '{"name": "right", "path": "right.jsonl", "rate": 2}]')
+        rows = [[toy_text(name, i, 1), toy_text(name, i, 2)] for i in range(60)]
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    sources = [{"name": "left", "path": "left.jsonl", "rate": 1},
+               {"name": "right", "path": "right.jsonl", "rate": 2}]
+    (folder / "sources.json").write_text(json.dumps(sources))
     torch.manual_seed(0)
-    config = model.JinaBertConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                  intermediate_size=32)
-    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}, model_max_length=8192)
+    config = model.JinaBertConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2,
+                                  num_attention_heads=2, intermediate_size=32)
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = transformers.BertTokenizer(vocab=vocabulary, model_max_length=8192)
     model.save(model.PooledEncoder(model.JinaBertModel(config)), tokenizer, folder / "toy")
 
 
+def toy_text(name: str, i: int, m: int) -> str:
+    """3 to 6 letters that follow from i and m, and a name."""
+    letters = [WORDS[5 + (i * m + i // 10 * j) % 10] for j in range(3 + i % 4)]
+    return " ".join([*letters, f"{name}{i} {m}"])
+
+
 def launcher(ranks: int) -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    if ranks == 1:
+        return []
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
 
 
 def start(folder: Path, command: list) -> subprocess.Popen:
-    """`python COMMAND` in the folder, on one thread (the toy is too small for more); it adds its output to folder/log."""
+    """`python COMMAND` in the folder, on one thread (the toy is too small for more); it adds its
+    output to folder/log."""
     with open(folder / "log", "a") as log:
-        return subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, stdout=log, stderr=log,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, stdout=log,
+                                stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def family(process: subprocess.Popen) -> list[int]:
-    """The process and all it has started. (torchrun starts each rank in a session of its own: a process group misses them.)"""
+    """The process and all it has started. (torchrun starts each rank in a session of its own: a
+    process group misses them.)"""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -75,7 +92,9 @@ def family(process: subprocess.Popen) -> list[int]:
 
 def lines(run: Path) -> list[dict]:
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def last_step(run: Path) -> int:
@@ -86,9 +105,11 @@ def parts(run: Path) -> list[Path]:
     return [*run.glob("*.part*"), *run.glob(CHECKPOINT)]
 
 
+# the kills
+
 def kill(process: subprocess.Popen, run: Path, draw: random.Random, aim: str | None) -> str | None:
-    """Kills a run at a random point of the steps before it or, with an aim, in the next such writing after that -> where it
-    was, or None where it ended by itself."""
+    """Kills a run at a random point of the steps before it or, with an aim, in the next such
+    writing after that -> where it was, or None where it ended by itself."""
     path, born = run / "metrics.jsonl", time.time_ns()
     while process.poll() is None and not (path.exists() and path.stat().st_mtime_ns > born):
         time.sleep(0.01)
@@ -107,11 +128,14 @@ def kill(process: subprocess.Popen, run: Path, draw: random.Random, aim: str | N
                 pass
     if process.wait() != -signal.SIGKILL:
         return None
-    return f"{max(last_step(run), 0)}" + " while writing" * bool(parts(run))
+    where = f"{max(last_step(run), 0)}"
+    return f"{where} while writing" if parts(run) else where
 
 
-def crashed(folder: Path, name: str, train: list, draw: random.Random, aim: str | None, kills: int) -> tuple[Path, str]:
-    """One run that is killed up to `kills` times and resumed until it ends -> its folder, and what became of it in words."""
+def crashed(folder: Path, name: str, train: list, draw: random.Random, aim: str | None, kills: int
+            ) -> tuple[Path, str]:
+    """One run that is killed up to `kills` times and resumed until it ends -> its folder, and what
+    became of it in words."""
     run, story = folder / name, []
     process = start(folder, [*train, "--out", name])
     for _ in range(kills):
@@ -120,63 +144,93 @@ def crashed(folder: Path, name: str, train: list, draw: random.Random, aim: str 
             break
         if (run / "model").is_dir():  # it had nothing left to do
             return run, "; ".join([*story, f"killed at step {where}, when all was written"])
-        saved = sorted(path.name for path in (run / "checkpoints").glob("*") if path.name.isdigit())
-        story.append(f"killed at step {where}, " + (f"resumed from {int(saved[-1])}" if saved else "begun anew"))
+        checkpoints = (run / "checkpoints").glob("*")
+        saved = sorted(path.name for path in checkpoints if path.name.isdigit())
         process = start(folder, [*train, "--out", run.name, "--resume"])
-        if not saved:
-            if not process.wait() or f"{run.name} holds no complete checkpoint" not in (folder / "log").read_text():
-                raise RuntimeError(f"{run.name}: --resume without a checkpoint ended with {process.returncode}")
+        if saved:
+            story.append(f"killed at step {where}, resumed from {int(saved[-1])}")
+        else:
+            story.append(f"killed at step {where}, begun anew")
+            expect_no_checkpoint(process, run.name, folder / "log")
             run = run.with_name(f"{run.name}-anew")
             process = start(folder, [*train, "--out", run.name])
         aim = draw.choice((None, None, CHECKPOINT, MODEL))
     if process.wait():
-        raise RuntimeError(f"{run.name}: ends with {process.returncode} after it was " + "; ".join(story))
+        raise RuntimeError(
+            f"{run.name}: ends with {process.returncode} after it was " + "; ".join(story))
     return run, "; ".join(story) or "ended before it was killed"
 
 
+def expect_no_checkpoint(process: subprocess.Popen, name: str, log: Path) -> None:
+    """--resume has to say so where there is none."""
+    status = process.wait()
+    if not status or f"{name} holds no complete checkpoint" not in log.read_text():
+        raise RuntimeError(f"{name}: --resume without a checkpoint ended with {status}")
+
+
+# the comparison
+
 def differences(run: Path, whole: Path, exact: bool) -> list[str]:
-    """What of a run is not as in the uninterrupted one: its lines, each step once and in order, its weights, moments and
-    random states, byte by byte. exact=False: losses to 1e-6, and no weights."""
-    ours, theirs = lines(run), lines(whole)
-    near = lambda a, b: a == b or not exact and abs(a - b) <= 1e-6 * abs(b)
-    last = f"checkpoints/{STEPS:08d}"
-    files = ["model/model.safetensors", f"{last}/optimizer.safetensors", f"{last}/random.safetensors"] if exact else []
-    return [*["steps"] * ([line["step"] for line in ours] != [line["step"] for line in theirs]),
-            *["rows"] * any(a.get("rows") != b.get("rows") for a, b in zip(ours, theirs)),
-            *["losses"] * any(not near(a.get("loss", 0), b.get("loss", 0)) for a, b in zip(ours, theirs)),
-            *["evaluations"] * (exact and any(a.get("evaluation") != b.get("evaluation") for a, b in zip(ours, theirs))),
-            *[file for file in files if (run / file).read_bytes() != (whole / file).read_bytes()],
-            *[f"{path.name} is left over" for path in parts(run)]]
+    """What of a run is not as in the uninterrupted one: its lines, each step once and in order, its
+    weights, moments and random states, byte by byte. exact=False: losses to 1e-6, and no
+    weights."""
+    ours, theirs, found = lines(run), lines(whole), []
+    pairs = list(zip(ours, theirs))
+    tolerance = 0 if exact else 1e-6
+    if [line["step"] for line in ours] != [line["step"] for line in theirs]:
+        found.append("steps")
+    if any(a.get("rows") != b.get("rows") for a, b in pairs):
+        found.append("rows")
+    losses = [(a.get("loss", 0), b.get("loss", 0)) for a, b in pairs]
+    if any(not abs(a - b) <= tolerance * abs(b) for a, b in losses):  # not: NaN is no loss
+        found.append("losses")
+    if exact:
+        if any(a.get("evaluation") != b.get("evaluation") for a, b in pairs):
+            found.append("evaluations")
+        last = f"checkpoints/{STEPS:08d}"
+        for file in ("model/model.safetensors", f"{last}/optimizer.safetensors",
+                     f"{last}/random.safetensors"):
+            if (run / file).read_bytes() != (whole / file).read_bytes():
+                found.append(file)
+    return found + [f"{path.name} is left over" for path in parts(run)]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--zero", help="ZeRO stage; unset: train.py's default")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args(argv)
-    draw, different, killed, writing, bits = random.Random(args.seed), 0, 0, 0, 0
+    draw = random.Random(args.seed)
+    different = killed = writing = to_the_bit = 0
+    aims = (None, CHECKPOINT, None, CHECKPOINT, MODEL)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        log, whole = folder / "log", folder / "whole"
         make_toy(folder)
-        train = [*launcher(args.ranks), TRAIN, *FLAGS, "--steps", STEPS, "--save-every", SAVE_EVERY,
-                 *(["--zero", args.zero] if args.zero else [])]
-        if start(folder, [*train, "--out", "whole"]).wait():
-            sys.exit((folder / "log").read_text())
+        train = [*launcher(args.ranks), TRAIN, *FLAGS, "--steps", STEPS, "--save-every", SAVE_EVERY]
+        if args.zero:
+            train += ["--zero", args.zero]
+        if start(folder, [*train, "--out", whole.name]).wait():
+            sys.exit(log.read_text())
         for i in range(args.runs):
+            name, kills = f"run{i + 1:02d}", draw.choice((1, 1, 2))
             try:
-                run, story = crashed(folder, f"run{i + 1:02d}", train, draw, (None, CHECKPOINT, None, CHECKPOINT, MODEL)[i % 5],
-                                     draw.choice((1, 1, 2)))
-                found = differences(run, folder / "whole", exact=args.ranks == 1)
-                bits += not differences(run, folder / "whole", exact=True)
+                run, story = crashed(folder, name, train, draw, aims[i % len(aims)], kills)
+                found = differences(run, whole, exact=args.ranks == 1)
+                to_the_bit += not differences(run, whole, exact=True)
             except RuntimeError as error:
-                story, found = str(error), ["its end", (folder / "log").read_text()[-2000:]]
-            print(f"{i + 1:2}: {story}; identical: " + (f"NO: {', '.join(found)}" if found else "yes"), flush=True)
+                story, found = str(error), ["its end", log.read_text()[-2000:]]
+            verdict = f"NO: {', '.join(found)}" if found else "yes"
+            print(f"{i + 1:2}: {story}; identical: {verdict}", flush=True)
             different += bool(found)
-            killed, writing = killed + story.count("killed at"), writing + story.count("writing")
-    print(f"{args.runs} runs of {STEPS} steps on {args.ranks} rank(s), killed {killed} times, {writing} of them while writing: "
-          f"{args.runs - different} as the uninterrupted run, {bits} of them to the last bit")
+            killed += story.count("killed at")
+            writing += story.count("writing")
+    print(f"{args.runs} runs of {STEPS} steps on {args.ranks} rank(s), killed {killed} times, "
+          f"{writing} of them while writing: {args.runs - different} as the uninterrupted run, "
+          f"{to_the_bit} of them to the last bit")
     sys.exit(different > 0)
 
 
