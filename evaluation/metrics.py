@@ -2,10 +2,10 @@
 
 Paper: §6 reports MTEB, whose main figures for retrieval, similarity and clustering are nDCG@10,
 Spearman's correlation and V-measure. Ours: the same figures on your own files. train.py calls
-`in_batch_accuracy` and `retrieval`.
+`in_batch_accuracy` and `held_out_retrieval`.
 
 Axis letters: M queries or texts, K targets or clusters, D width. A position is a place in a list of
-search results, from 1 on. Nothing here knows about losses, optimizers, sources or processes.
+search results, from 1 on. Nothing here knows about losses, optimizers or processes.
 """
 
 import math
@@ -22,24 +22,29 @@ TIE = 1e-6  # cosines closer than this are equal: fp32 rounding moves them by so
 SCORES_AT_ONCE = 2**24  # 64 MB of fp32 cosines, however many queries and targets there are
 
 
-def positions(queries: Tensor, targets: Tensor, own: Tensor | None = None) -> Tensor:
+# retrieval
+
+def positions(queries: Tensor, targets: Tensor, answers: Tensor | None = None) -> Tensor:
     """1-based position of each query's own target among all targets by cosine, ties counted against
     us.
 
-    queries (M, D), targets (K, D), own (M,) the row of `targets` that answers query i, by default
-    row i -> (M,) int64
+    queries (M, D), targets (K, D), answers (M,) the row of `targets` that answers query i, by
+    default row i -> (M,) int64
 
         position(i) = K - (number of j with cos(q_i, t_j) < cos(q_i, own target of i) - TIE)
 
     This is the pessimistic position: an encoder that has collapsed to one vector ties everything,
     and with ties in our favour it would score 1.0. NaN is never lower, so it ends last too.
     """
-    queries, targets = (F.normalize(x.detach().float(), dim=-1) for x in (queries, targets))
-    own = torch.arange(len(queries), device=queries.device) if own is None else own
+    queries = F.normalize(queries.detach().float(), dim=-1)
+    targets = F.normalize(targets.detach().float(), dim=-1)
+    if answers is None:
+        answers = torch.arange(len(queries), device=queries.device)
     rows, found = max(1, SCORES_AT_ONCE // len(targets)), []
-    for q, answer in zip(queries.split(rows), own.split(rows)):
+    for q, answer in zip(queries.split(rows), answers.split(rows)):
         cosine = q @ targets.T  # (rows, K)
-        found.append(len(targets) - (cosine < cosine.gather(1, answer[:, None]) - TIE).sum(1))
+        lower = cosine < cosine.gather(1, answer[:, None]) - TIE
+        found.append(len(targets) - lower.sum(1))
     return torch.cat(found)
 
 
@@ -62,8 +67,39 @@ def ndcg_at_10(positions: Tensor) -> float:
 def in_batch_accuracy(q: Tensor, p: Tensor, first_row: int = 0) -> float:
     """Share of queries whose own positive is the most similar of the batch. q (M, D), p (K, D), of
     which first_row + i is q[i]'s."""
-    return recall_at(positions(q, p, torch.arange(first_row, first_row + len(q), device=q.device)), 1)
+    answers = torch.arange(first_row, first_row + len(q), device=q.device)
+    return recall_at(positions(q, p, answers), 1)
 
+
+def retrieval(encoder, tokenizer, pairs, max_length: int, micro_tokens: int) -> dict:
+    """Search for the positive of every query among the positives of all. pairs: rows with .query
+    and .positive.
+
+    Targets equal but for case and white space (`text_hash`) are one candidate, or a copy of the
+    right answer would stand there as a wrong one. A query with several targets counts once for
+    each, and the others count as wrong.
+    """
+    hashes = np.array([text_hash(pair.positive) for pair in pairs], "u8")
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    queries, targets = [pair.query for pair in pairs], [pairs[i].positive for i in first]
+    q = embed(encoder, tokenizer, queries, max_length, micro_tokens)
+    t = embed(encoder, tokenizer, targets, max_length, micro_tokens)
+    found = positions(q, t, torch.from_numpy(inverse))
+    return {"recall@1": recall_at(found, 1), "recall@10": recall_at(found, 10),
+            "mrr": mean_reciprocal_rank(found), "ndcg@10": ndcg_at_10(found), "targets": len(t)}
+
+
+def held_out_retrieval(encoder, tokenizer, sources, max_length: int, micro_tokens: int) -> dict:
+    """{"mean": metrics, "sources": {name: metrics}} of `retrieval` among each source's held-out
+    pairs."""
+    scores = {s.name: retrieval(encoder, tokenizer, s.held_out, max_length, micro_tokens)
+              for s in sources if s.held_out}
+    names = next(iter(scores.values()), {})
+    mean = {name: sum(s[name] for s in scores.values()) / len(scores) for name in names}
+    return {"mean": mean, "sources": scores}
+
+
+# similarity
 
 def average_ranks(x) -> np.ndarray:
     """1-based ascending ranks, equal values sharing the mean of theirs: 5 7 7 9 -> 1 2.5 2.5 4. x
@@ -75,90 +111,84 @@ def average_ranks(x) -> np.ndarray:
 def spearman(a, b) -> float:
     """Spearman's correlation of a and b, both (M,): Pearson's r of their average ranks. The formula
     has no value where a or b is constant; we say 0, for no order was found."""
-    a, b = (rank - rank.mean() for rank in map(average_ranks, (a, b)))
+    a, b = average_ranks(a), average_ranks(b)
+    a, b = a - a.mean(), b - b.mean()
     norm = math.sqrt((a @ a) * (b @ b))
     return float(a @ b / norm) if norm else 0.0
+
+
+def similarity(encoder, tokenizer, scored, max_length: int, micro_tokens: int) -> dict:
+    """Spearman's correlation of cosine and score. scored: (sentence1, sentence2, score) tuples."""
+    first, second, score = map(list, zip(*scored))
+    a = embed(encoder, tokenizer, first, max_length, micro_tokens)
+    b = embed(encoder, tokenizer, second, max_length, micro_tokens)
+    cosine = F.cosine_similarity(a, b).numpy().round(6)  # as TIE: rounding must not make an order
+    return {"spearman": spearman(cosine, score), "sentence_pairs": len(score)}
+
+
+# clustering
+
+def entropy(x: np.ndarray) -> float:
+    """H(X) = -sum_x share(x) ln share(x) of the values of x (M,)."""
+    share = np.unique(x, return_counts=True)[1] / len(x)
+    return -(share * np.log(share)).sum()
 
 
 def v_measure(labels, clusters) -> float:
     """Harmonic mean of homogeneity h and completeness c (Rosenberg & Hirschberg 2007). labels C,
     clusters K, both (M,).
 
-        h = 1 - H(C|K) / H(C), or 1 if H(C) = 0      H(C|K) = H(C,K) - H(K)      H(X) = -sum_x share(x) ln share(x)
-        c = 1 - H(K|C) / H(K), or 1 if H(K) = 0      H(K|C) = H(C,K) - H(C)      V = 2 h c / (h + c), 0 if h = c = 0
+        h = 1 - H(C|K) / H(C), or 1 if H(C) = 0      H(C|K) = H(C,K) - H(K)
+        c = 1 - H(K|C) / H(K), or 1 if H(K) = 0      H(K|C) = H(C,K) - H(C)
+        V = 2 h c / (h + c), 0 if h = c = 0
     """
-    def entropy(x):
-        share = np.unique(x, return_counts=True)[1] / len(x)
-        return -(share * np.log(share)).sum()
-
-    C, K = (np.unique(np.asarray(x), return_inverse=True)[1] for x in (labels, clusters))
-    H_C, H_K, H_CK = map(entropy, (C, K, C * (K.max() + 1) + K))
+    _, C = np.unique(np.asarray(labels), return_inverse=True)
+    _, K = np.unique(np.asarray(clusters), return_inverse=True)
+    H_C, H_K, H_CK = entropy(C), entropy(K), entropy(C * (K.max() + 1) + K)
     h = max(0.0, 1 - (H_CK - H_K) / H_C) if H_C > 0 else 1.0  # max: rounding can leave -1e-16
     c = max(0.0, 1 - (H_CK - H_C) / H_K) if H_K > 0 else 1.0
     return float(2 * h * c / (h + c)) if h + c > 0 else 0.0
 
 
 def k_means(x: Tensor, k: int, seed: int, restarts: int = 3) -> Tensor:
-    """Clusters of the points x (M, D) -> (M,) in 0 .. k-1, the same for the same seed: k-means++
-    (Arthur & Vassilvitskii 2007), Lloyd's iteration until no point moves, and of a few restarts the
-    one with the least squared distance.
-
-    A cluster that loses its last point starts again at the point farthest from its centre. More
-    clusters than distinct points leave some empty.
-    """
+    """Clusters of the points x (M, D) -> (M,) in 0 .. k-1, the same for the same seed: of a few
+    runs of k-means the one with the least squared distance. More clusters than distinct points
+    leave some empty."""
     generator = torch.Generator().manual_seed(seed)
-    x, k, runs = x.detach().float().cpu(), min(k, len(x)), []
-    for _ in range(restarts):
-        centres, nearest = x[torch.randint(len(x), (1,), generator=generator)], torch.full((len(x),), math.inf)
-        for _ in range(k - 1):  # the next centre: a point drawn by its squared distance to the nearest centre so far
-            nearest = torch.minimum(nearest, torch.cdist(x, centres[-1:])[:, 0].square())
-            draw = torch.multinomial(nearest + 1e-30, 1, generator=generator)  # 1e-30: all distances may be 0
-            centres = torch.cat([centres, x[draw]])
-        clusters = torch.full((len(x),), -1)
-        for _ in range(300):  # a few dozen are usual; the bound is for rounding that goes in circles
-            distance, closest = torch.cdist(x, centres).min(1)
-            if torch.equal(closest, clusters):
-                break
-            clusters, size = closest, torch.bincount(closest, minlength=k)
-            centres = torch.zeros_like(centres).index_add_(0, clusters, x) / size.clamp(min=1)[:, None]
-            centres[size == 0] = x[distance.topk(int((size == 0).sum())).indices]
-        runs.append((distance.square().sum().item(), clusters))
-    return min(runs, key=lambda run: run[0])[1]
+    x, k = x.detach().float().cpu(), min(k, len(x))
+    runs = [lloyd(x, first_centres(x, k, generator)) for _ in range(restarts)]
+    _, clusters = min(runs, key=lambda run: run[0])
+    return clusters
 
 
-def retrieval(encoder, tokenizer, pairs, max_length: int, micro_tokens: int) -> dict:
-    """Search for the positive of every query among the positives of all. pairs: rows with .query
-    and .positive.
-
-    Targets equal but for case and white space (`text_hash`) are one candidate, or a copy of the
-    right answer would stand there as a wrong one. A query with several targets counts once for
-    each, and the others count as wrong.
-    """
-    keys = np.array([text_hash(pair.positive) for pair in pairs], "u8")
-    _, first, own = np.unique(keys, return_index=True, return_inverse=True)
-    q = embed(encoder, tokenizer, [pair.query for pair in pairs], max_length, micro_tokens)
-    p = embed(encoder, tokenizer, [pairs[i].positive for i in first], max_length, micro_tokens)
-    found = positions(q, p, torch.from_numpy(own))
-    return {"recall@1": recall_at(found, 1), "recall@10": recall_at(found, 10), "mrr": mean_reciprocal_rank(found),
-            "ndcg@10": ndcg_at_10(found), "targets": len(p)}
+def first_centres(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k-means++ (Arthur & Vassilvitskii 2007): each of the k centres (k, D) is a point of x (M, D)
+    drawn by its squared distance to the nearest centre so far."""
+    centres = x[torch.randint(len(x), (1,), generator=generator)]
+    nearest = torch.full((len(x),), math.inf)
+    for _ in range(k - 1):
+        nearest = torch.minimum(nearest, torch.cdist(x, centres[-1:])[:, 0].square())
+        # 1e-30: all distances may be 0
+        draw = torch.multinomial(nearest + 1e-30, 1, generator=generator)
+        centres = torch.cat([centres, x[draw]])
+    return centres
 
 
-def held_out_retrieval(encoder, tokenizer, sources, max_length: int, micro_tokens: int) -> dict:
-    """{"mean": metrics, "sources": {name: metrics}} of `retrieval` among each
-    source's held-out pairs."""
-    scores = {s.name: retrieval(encoder, tokenizer, s.held_out, max_length, micro_tokens)
-              for s in sources if s.held_out}
-    names = next(iter(scores.values()), {})
-    mean = {name: sum(s[name] for s in scores.values()) / len(scores) for name in names}
-    return {"mean": mean, "sources": scores}
-
-
-def similarity(encoder, tokenizer, scored, max_length: int, micro_tokens: int) -> dict:
-    """Spearman's correlation of cosine and score. scored: (sentence1, sentence2, score) tuples."""
-    first, second, score = map(list, zip(*scored))
-    a, b = (embed(encoder, tokenizer, texts, max_length, micro_tokens) for texts in (first, second))
-    cosine = F.cosine_similarity(a, b).numpy().round(6)  # as TIE: rounding must not make an order
-    return {"spearman": spearman(cosine, score), "sentence_pairs": len(score)}
+def lloyd(x: Tensor, centres: Tensor) -> tuple[float, Tensor]:
+    """Lloyd's iteration until no point moves -> the squared distance of all points to their
+    centres, and their clusters (M,). A cluster that loses its last point starts again at the point
+    farthest from its centre."""
+    clusters = torch.full((len(x),), -1)
+    for _ in range(300):  # a few dozen are usual; the bound is for rounding that goes in circles
+        distance, closest = torch.cdist(x, centres).min(1)
+        if torch.equal(closest, clusters):
+            break
+        clusters, size = closest, torch.bincount(closest, minlength=len(centres))
+        centres = torch.zeros_like(centres).index_add_(0, clusters, x)
+        centres /= size.clamp(min=1)[:, None]
+        empty = size == 0
+        centres[empty] = x[distance.topk(int(empty.sum())).indices]
+    return distance.square().sum().item(), clusters
 
 
 def clustering(encoder, tokenizer, labelled, max_length: int, micro_tokens: int, seed: int) -> dict:
