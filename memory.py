@@ -11,12 +11,12 @@ pieces as in gradient accumulation. But given the embeddings E = f(texts; theta)
 splits dL/dtheta at E (Gao et al. 2021, GradCache). train.py's step, and what is in memory
 meanwhile:
 
-    E = engine.embed(...)     pass 1: E_c = f(texts_c; theta) for every micro-batch c. In memory: E, and
-                              the graphs of the last micro-batches, if there is room
-    L(E).backward()           G = dL/dE. In memory: that, and the loss
-    engine.backward(G)        pass 2: for every c, the last first, back-propagate <E_c, G_c>, after
-                              embedding again where no graph was kept. In memory: the kept graphs,
-                              which shrink, then one micro-batch's graph
+    E = engine.embed(...)   pass 1: E_c = f(texts_c; theta) for every micro-batch c. In memory: E,
+                            and the graphs of the last micro-batches, if there is room
+    L(E).backward()         G = dL/dE. In memory: that, and the loss
+    engine.backward(G)      pass 2: for every c, the last first, back-propagate <E_c, G_c>, after
+                            embedding again where no graph was kept. In memory: the kept graphs,
+                            which shrink, then one micro-batch's graph
 
     dL/dtheta = sum_c (dE_c/dtheta)^T G_c = sum_c d<E_c, G_c>/dtheta  with G_c held constant:
     exact, no factor anywhere.
@@ -168,6 +168,8 @@ class OneProcess:
     last ones, the graph of pass 1 is kept. release_memory(): called where much lies freed.
     """
 
+    stage = 0  # ZeRO's; here nothing is sharded
+
     def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float,
                  scaling: LossScale,
                  keep_graphs: Callable[[Sequence[MicroBatch]], int] = lambda micro_batches: 1,
@@ -243,17 +245,6 @@ class OneProcess:
         """Inside, the encoder's parameters are whole on every rank."""
         return contextlib.nullcontext()
 
-    def moments(self) -> dict[str, Tensor]:
-        """The optimizer's state as {"parameter/kind": tensor}, on rank 0."""
-        return {f"{name}/{kind}": value for name, p in self.parameters.items()
-                for kind, value in self.optimizer.state.get(p, {}).items()}
-
-    def load_moments(self, moments: dict[str, Tensor]) -> None:
-        for key, value in moments.items():
-            name, kind = key.rsplit("/", 1)
-            parameter = self.parameters[name]
-            self.optimizer.state[parameter][kind] = value.to(parameter.device)
-
 
 class Zero(OneProcess):
     """DeepSpeed with ZeRO (Rajbhandari et al. 2020) on any number of ranks: stage 1 shards the
@@ -310,44 +301,6 @@ class Zero(OneProcess):
         import deepspeed
         parameters = list(self.encoder.parameters())
         return deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3)
-
-    def moments(self) -> dict[str, Tensor]:
-        if self.stage == 0:
-            return super().moments()
-        from deepspeed.utils import safe_get_full_optimizer_state
-        kinds, moments = next(iter(self.optimizer.state.values()), {}), {}
-        for name, p in self.parameters.items():
-            for kind, flat in kinds.items():
-                # AdamW's step count has no dimension
-                full = safe_get_full_optimizer_state(p, kind) if flat.dim() else flat
-                if self.ranks.rank == 0:
-                    moments[f"{name}/{kind}"] = full.to("cpu", copy=True)
-        return moments
-
-    def load_moments(self, moments: dict[str, Tensor]) -> None:
-        if self.stage == 0:
-            return super().load_moments(moments)
-        token = torch.zeros(1, 1, dtype=torch.long, device=self.ranks.device)
-        self._back_propagate(self.model(token, token + 1).sum() * 0, last=True)
-        self.step(lr=0.0)  # makes the moments, all 0, and changes no weight
-        for key, value in moments.items():
-            name, kind = key.rsplit("/", 1)
-            if value.dim():
-                self._set_moment(self.parameters[name], value.to(self.ranks.device), kind)
-            else:
-                for state in self.optimizer.state.values():
-                    state[kind].copy_(value)
-
-    def _set_moment(self, parameter: Tensor, value: Tensor, kind: str) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-        if self.stage < 3:
-            return safe_set_full_optimizer_state(parameter, value, kind)
-        # the last rank's share is padded, which DeepSpeed's setter for whole tensors forgets
-        share = parameter.ds_tensor.numel()
-        padding = share * self.ranks.world_size - value.numel()
-        value = nn.functional.pad(value.flatten(), (0, padding))
-        first = share * self.ranks.rank
-        safe_set_local_optimizer_state(parameter, value[first : first + share], kind)
 
 
 def import_deepspeed(device: torch.device):

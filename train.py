@@ -56,6 +56,10 @@ def parse_arguments(argv: list[str] | None, ranks: Ranks
     return args, resumed
 
 
+def whole_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -80,7 +84,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--memory", type=float, metavar="GB",
         help="what a process (on a GPU: its tensors) may hold, about: the more, the fewer texts "
              "are embedded twice; unset: what it has and half of what is free (GPU: 0.8; ours)")
-    add("--micro-tokens", type=lambda text: text if text == "auto" else int(text), default="auto",
+    add("--micro-tokens", type=whole_or_auto, default="auto",
         help="bound on the tokens of one forward pass, with padding; auto: as many as make it "
              "fast and fit (ours); a resumed run goes on with what was chosen")
     add("--checkpoint-layers", action="store_true",

@@ -1,1 +1,1 @@
-"""What measures: each table of the README beside this file has its command here. Skip it to train."""
+"""What measures: each table of the README beside this file has its command here. Skip it."""

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plumbing.files import publish
+from plumbing.moments import gather_moments, load_moments
 from plumbing.ranks import Ranks
 from plumbing.run import numbered
 
@@ -29,7 +30,7 @@ KEEP = 2  # the newest, and one more in case a disk lets the newest down
 def save(run: Path, state: dict, write_model: Callable[[Path], None], engine, ranks: Ranks) -> None:
     """Writes run/checkpoints/STEP and removes all but the newest KEEP. state: JSON-able, with
     "step". engine: memory.py's. Every rank calls it; rank 0 writes."""
-    moments, random_states = engine.moments(), ranks.all(torch.get_rng_state())
+    moments, random_states = gather_moments(engine), ranks.all(torch.get_rng_state())
     with engine.whole():
         ranks.once(lambda: write(run, state, write_model, moments, random_states))
 
@@ -108,7 +109,7 @@ def restore(checkpoint: Checkpoint, engine, precision: str, ranks: Ranks) -> Non
     """Puts back the optimizer's moments, the loss scale and this rank's random state. (The weights
     come with `model.load`, the batches with their own `load_state_dict`.)"""
     moments, random_states = read(checkpoint.path)
-    engine.load_moments(moments)
+    load_moments(engine, moments)
     if precision == checkpoint.state["args"]["precision"]:
         vars(engine.scaling).update(checkpoint.state["loss_scale"])
     if len(random_states) == ranks.world_size:
