@@ -47,21 +47,25 @@ class Source:
         self.cache, self.eval, self.collection = cache, eval, collection
         opened = open_index(name, path, cache)
         self.index, self.negative_hashes, self.file, self.fingerprint = opened
+        # what `hold_out` sets
+        self.held_out: list[Row] = []  # to evaluate on, one a query
+        self.held_out_hashes: set[int] = set()  # of the held-out targets of all sources
+        self.train = np.arange(len(self.index))  # ids of the rows to train on
 
-    def read(self, row: int) -> Row:
-        self.file.seek(int(self.index["offset"][row]))
+    def read(self, row_id: int) -> Row:
+        self.file.seek(int(self.index["offset"][row_id]))
         rows = records(json.loads(self.file.readline()))
-        return rows[self.index["item"][row]]._replace(id=int(row))
+        return rows[self.index["item"][row_id]]._replace(id=int(row_id))
 
-    def hashes(self, row: int) -> tuple[int, int, list[int]]:
-        """Of the query, of the positive and of each negative."""
-        _, _, count, first, query, positive = self.index[row].tolist()
+    def hashes(self, row_id: int) -> tuple[int, int, list[int]]:
+        """The query's, the positive's, and those of the negatives."""
+        _, _, count, first, query, positive = self.index[row_id].tolist()
         return query, positive, self.negative_hashes[first : first + count].tolist()
 
-    def usable(self, rows: np.ndarray) -> int:
+    def usable(self, row_ids: np.ndarray) -> int:
         """How many of these rows one batch can hold at most. No text stands twice in it, so no more
         than there are distinct queries, or distinct positives."""
-        return min(len(np.unique(self.index[side][rows])) for side in ("query", "positive"))
+        return min(len(np.unique(self.index[side][row_ids])) for side in ("query", "positive"))
 
 
 def load_sources(manifest: Path | str) -> list[Source]:
@@ -75,14 +79,12 @@ def load_sources(manifest: Path | str) -> list[Source]:
 
 
 def hold_out(sources: list[Source]) -> None:
-    """Sets `held_out`, a source's rows to evaluate on, one a query; `held_out_hashes`, of the
-    targets of all; and `train`, the ids of the rows to train on: what one source holds out, none
-    trains on, neither as a target nor as a query, for equation (4) is symmetric."""
-    for source in sources:
-        source.held_out = held_out_targets(source)
-    hashes = {text_hash(row.positive) for source in sources for row in source.held_out}
-    for source in sources:
-        by_query = {text_hash(row.query): row for row in source.held_out}
+    """What one source holds out, none trains on, neither as a target nor as a query, for equation
+    (4) is symmetric."""
+    targets = [held_out_targets(source) for source in sources]
+    hashes = {text_hash(row.positive) for rows in targets for row in rows}
+    for source, rows in zip(sources, targets):
+        by_query = {text_hash(row.query): row for row in rows}
         source.held_out = list(by_query.values())[:EVAL_TARGETS]
         source.held_out_hashes = hashes
         query, positive = source.index["query"], source.index["positive"]
@@ -99,7 +101,7 @@ def held_out_targets(source: Source) -> list[Row]:
         order = np.lexsort((source.index["query"], source.index["positive"]))
         targets, first = np.unique(source.index["positive"][order], return_index=True)
         count = min(EVAL_TARGETS, len(targets) // 20)
-        rows = [source.read(row) for row in order[first[:count]]]
+        rows = [source.read(row_id) for row_id in order[first[:count]]]
     return list({text_hash(row.positive): row for row in rows}.values())
 
 
@@ -153,20 +155,20 @@ class SourceBatches(Iterator):
         self.probabilities = np.array(rates) / sum(rates)
         self.step = 0
         self.states = {}  # by source: what `state_dict` saves
-        self.rows = {}  # by source: the ids of what an epoch gives
+        self.row_ids = {}  # by source: of what an epoch gives
         self.orders = {}  # by source: the same, shuffled for the epoch it is in
         for source in sources:
-            rows = with_negatives(source, negatives) if negatives else source.train
-            left_out = len(source.train) - len(rows)
+            row_ids = with_negatives(source, negatives) if negatives else source.train
+            left_out = len(source.train) - len(row_ids)
             if left_out and rank == 0:
                 print(f"source {source.name}: {left_out} of {len(source.train)} rows are left out: "
                       f"fewer than {negatives} of their negatives are not held out")
-            usable = source.usable(rows)
+            usable = source.usable(row_ids)
             if usable < batch_size:
                 raise ValueError(f"source {source.name}: {usable} usable pairs (distinct queries "
                                  f"and targets, hold-out aside), but --batch-size {batch_size}; "
                                  f"lower it, or merge the source with another")
-            self.rows[source.name] = rows
+            self.row_ids[source.name] = row_ids
             self.states[source.name] = {"epoch": 0, "cursor": 0, "waiting": []}
 
     def __next__(self) -> Batch:
@@ -175,11 +177,11 @@ class SourceBatches(Iterator):
         for _ in range(EPOCHS_TRIED):
             picked = self._fill(source)
             if len(picked) == self.batch_size:
-                digest = text_hash(str([row for row, _ in picked]))
+                digest = text_hash(str([row_id for row_id, _ in picked]))
                 rows = []
-                for row, chosen in picked[self.slice]:
-                    read = source.read(row)
-                    rows.append(read._replace(negatives=[read.negatives[j] for j in chosen]))
+                for row_id, chosen in picked[self.slice]:
+                    row = source.read(row_id)
+                    rows.append(row._replace(negatives=[row.negatives[j] for j in chosen]))
                 return Batch(source.name, rows, dropped, f"{digest:016x}")
             dropped += len(picked) + len(self.states[source.name]["waiting"])
             self._next_epoch(source)
@@ -193,26 +195,27 @@ class SourceBatches(Iterator):
         return self.sources[rng.choice(len(self.sources), p=self.probabilities)]
 
     def _fill(self, source: Source) -> list[tuple[int, list[int]]]:
-        """(row, which of its negatives) for a batch in which no text stands twice: of the rows that
-        wait, then on from the cursor. Fewer than a batch where the epoch has no more."""
+        """(row id, which of its negatives) for a batch in which no text stands twice: of the rows
+        that wait, then on from the cursor. Fewer than a batch where the epoch has no more."""
         state, order = self.states[source.name], self._order(source)
         waiting, collided = deque(state["waiting"]), []
         picked, texts, negatives = [], set(), set()
         while len(picked) < self.batch_size:
             if waiting:
-                row = waiting.popleft()
+                row_id = waiting.popleft()
             elif state["cursor"] < len(order):
-                row = int(order[state["cursor"]])
+                row_id = int(order[state["cursor"]])
                 state["cursor"] += 1
             else:
                 break
-            pair = set(source.hashes(row)[:2])
-            chosen = self._draw_negatives(source, row)
-            too_few = len(chosen) < (self.negatives or 0)  # for its own texts are among them
+            pair = set(source.hashes(row_id)[:2])
+            chosen = self._draw_negatives(source, row_id)
+            # its query or positive is among its negatives, which leaves too few
+            too_few = len(chosen) < (self.negatives or 0)
             if too_few or pair & texts or pair & negatives or not texts.isdisjoint(chosen.values()):
-                collided.append(row)
+                collided.append(row_id)
                 continue
-            picked.append((row, list(chosen)))
+            picked.append((row_id, list(chosen)))
             texts |= pair
             negatives.update(chosen.values())
         state["waiting"] = [*collided, *waiting]
@@ -223,21 +226,21 @@ class SourceBatches(Iterator):
         if source.name not in self.orders:
             epoch = self.states[source.name]["epoch"]
             rng = np.random.default_rng([self.seed, text_hash(source.name), epoch])
-            self.orders[source.name] = rng.permutation(self.rows[source.name])
+            self.orders[source.name] = rng.permutation(self.row_ids[source.name])
         return self.orders[source.name]
 
-    def _draw_negatives(self, source: Source, row: int) -> dict[int, int]:
+    def _draw_negatives(self, source: Source, row_id: int) -> dict[int, int]:
         """{which: hash} of the negatives that a row gives in this epoch: no held-out target, and
         neither of its own texts. Fewer than `negatives` where no more are left."""
         if self.negatives == 0:
             return {}
-        query, positive, hashes = source.hashes(row)
+        query, positive, hashes = source.hashes(row_id)
         left = {j: h for j, h in enumerate(hashes)
                 if h not in (query, positive) and h not in source.held_out_hashes}
         if self.negatives is None or len(left) <= self.negatives:
             return left
         epoch = self.states[source.name]["epoch"]
-        rng = np.random.default_rng([self.seed, text_hash(source.name), epoch, row])
+        rng = np.random.default_rng([self.seed, text_hash(source.name), epoch, row_id])
         drawn = rng.choice(list(left), self.negatives, replace=False)
         return {j: left[j] for j in sorted(drawn.tolist())}
 
@@ -268,18 +271,19 @@ class SourceBatches(Iterator):
 
 
 def with_negatives(source: Source, count: int) -> np.ndarray:
-    """The rows to train on of which `count` negatives are not held out. Raises ValueError naming
-    the line with the fewest negatives, where it has too few to begin with."""
-    rows = source.train
-    counts = source.index["negatives"][rows].astype(int)
+    """Ids of the rows to train on of which `count` negatives are not held out. Raises ValueError
+    naming the line with the fewest negatives, where it has too few to begin with."""
+    row_ids = source.train
+    counts = source.index["negatives"][row_ids].astype(int)
     if counts.min(initial=count) < count:
-        line = line_number(source.file, source.index["offset"][rows[counts.argmin()]])
+        line = line_number(source.file, source.index["offset"][row_ids[counts.argmin()]])
         raise ValueError(f"{source.path}, line {line}: {counts.min()} negatives, but --negatives "
                          f"{count}; lower it, or mine more")
     held_out = is_among(source.negative_hashes, source.held_out_hashes)
-    before = np.concatenate([[0], held_out.cumsum()])  # so that a row's number is a difference
-    first = source.index["first_negative"][rows].astype(int)
-    return rows[counts - (before[first + counts] - before[first]) >= count]
+    before = np.concatenate([[0], held_out.cumsum()])  # how many of the first 0, 1, 2 ... are
+    first = source.index["first_negative"][row_ids].astype(int)
+    lost = before[first + counts] - before[first]  # of each row's own
+    return row_ids[counts - lost >= count]
 
 
 # tokens
@@ -293,8 +297,8 @@ def train_tokenizer(sources: list[Source], vocab_size: int) -> BertTokenizer:
         print(f"training a WordPiece tokenizer of {vocab_size} entries on the sources, once, into "
               f"{directory}", flush=True)
         step = math.ceil(sum(len(source.train) for source in sources) / TOKENIZER_ROWS)
-        texts = (text for source in sources for row in source.train[::step]
-                 for text in source.read(row)[:2])
+        texts = (text for source in sources for row_id in source.train[::step]
+                 for text in source.read(row_id)[:2])
         wordpiece = BertWordPieceTokenizer(lowercase=True)
         wordpiece.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
         tokenizer = BertTokenizer(vocab=wordpiece.get_vocab(), model_max_length=8192)
@@ -308,10 +312,11 @@ class MicroBatch(NamedTuple):
     attention_mask: Tensor  # (b, T)
 
 
-def make_micro_batches(tokenizer, texts: list[str], max_length: int, micro_tokens: int,
+def make_micro_batches(tokenizer, texts: list, max_length: int, micro_tokens: int,
                        whole: bool = False) -> list[MicroBatch]:
-    """A step's texts in micro-batches of at most `micro_tokens` tokens, padding included, or of one
-    longer text. whole: all in one. Raises ValueError for a `max_length` beyond the model's."""
+    """A step's texts, or pairs of texts to be read together, in micro-batches of at most
+    `micro_tokens` tokens, padding included, or of one longer text. whole: all in one. Raises
+    ValueError for a `max_length` beyond the model's."""
     if not 3 <= max_length <= tokenizer.model_max_length:  # [CLS], one token, [SEP]
         raise ValueError(f"--max-length {max_length}: expected 3 to {tokenizer.model_max_length} "
                          f"tokens for this model")
@@ -329,8 +334,8 @@ def make_micro_batches(tokenizer, texts: list[str], max_length: int, micro_token
 def split_by_length(lengths: list[int], micro_tokens: int, whole: bool) -> list[list[int]]:
     """Which texts go into each micro-batch. Ours: sorted by length, for their order is free, the
     longest first so that memory peaks at once, and split early where over 1/20 of a micro-batch
-    would be padding. All in one if that fits and is cheaper: one pass over P padded tokens costs
-    3 P (backward is twice forward), two passes over T tokens 4 T where no graph is kept."""
+    would be padding. All in one if that fits and is cheaper, for one pass over P padded tokens
+    costs 3 P (backward is twice forward), two passes over T tokens up to 4 T."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     if whole or len(lengths) * max(lengths) <= min(micro_tokens, sum(lengths) * 4 / 3):
         return [order]

@@ -2,16 +2,17 @@
 and for pairs with negatives, equation (5).
 
 Letters are the paper's: q queries, p positives, n negatives, k pairs in the batch, s cosine
-similarity, tau temperature. Axis letters: B own rows, G gathered rows (G = B in one process), N
-negatives per row, D width. Nothing here knows about models or text. Of ranks it knows only where
-its own rows begin among the gathered ones: with `columns`, a rank computes the mean over its *own*
-rows against *everybody's* columns. The mean of that over ranks of equal size is the loss of the
-global batch, so no factor of the number of ranks belongs anywhere, here or in the caller.
+similarity, tau temperature, L(B) the loss of a batch B. Axis letters, of shapes: B own rows, G
+gathered rows (G = B in one process), N negatives per row, D width. Nothing here knows about models
+or text. Of ranks it knows only where its own rows begin among the gathered ones: with `columns`, a
+rank computes the mean over its *own* rows against *everybody's* columns. The mean of that over
+ranks of equal size is the loss of the global batch, so no factor of the number of ranks belongs
+anywhere, here or in the caller.
 
-Each equation is one function, in two forms. `info_nce` is equation (3) as printed, and holds all
-its logits: (5) has B x G (N + 1) of them, 69 GB at B = G = 32,768, N = 15, several times over.
-`info_nce_tiled`, which trains, is the same function of the same arguments, a tile of the logits at
-a time. (4) and (5) are sums of two of either.
+Equation (3) has two forms. `info_nce` is it as printed, and holds all its logits: (5) has B x G (N
++ 1) of them, 69 GB at B = G = 32,768, N = 15, several times over. `info_nce_tiled`, which trains,
+is the same function of the same arguments, a tile of the logits at a time. (4) and (5) are sums of
+two of either.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -50,7 +50,8 @@ from torch.utils.checkpoint import checkpoint
 from plumbing.allocator import give_back_freed_memory
 from plumbing.ranks import Ranks
 
-# which of the step's texts these are (b,), their input_ids (b, T), their attention_mask (b, T)
+# What data.MicroBatch is, without its names: which of the step's texts these are (b,), their
+# input_ids (b, T), their attention_mask (b, T).
 MicroBatch = tuple[Tensor, Tensor, Tensor]
 
 
@@ -87,8 +88,8 @@ class LossScale:
         self.skipped = 0
 
     def survives(self, grad_norm: float) -> bool:
-        """Whether a step with this gradient norm may be taken. If not, the scale is lowered, where
-        there is one to lower."""
+        """Whether a step with this gradient norm may be taken. If not, the scale is halved, and
+        where that makes it `exhausted`, a lower one will not help."""
         if not math.isfinite(grad_norm):
             self.skipped += 1
             self.scale /= 2
@@ -99,6 +100,10 @@ class LossScale:
             self.scale *= 2
         return True
 
+    def exhausted(self) -> bool:
+        """Whether a gradient was not finite though nothing, or nothing any more, scaled it up."""
+        return self.scale < 1
+
 
 def mixed_precision(encoder: nn.Module, dtype: torch.dtype) -> LossScale:
     """Matrix products inside `encoder` in `dtype`; parameters, gradients and optimizer stay fp32. A
@@ -107,7 +112,7 @@ def mixed_precision(encoder: nn.Module, dtype: torch.dtype) -> LossScale:
     Autocast is entered inside the encoder's own forward, so that whatever wraps the encoder later
     cannot switch it off. In fp16 the gradient is multiplied by S where it enters the encoder and
     divided by S where it reaches a parameter: the loss, the cached gradients, clipping and the
-    optimizer see no scale.
+    optimizer see no scale. -> S.
     """
     forward, scaling = encoder.forward, LossScale(dtype)
     if dtype == torch.bfloat16 and next(encoder.parameters()).device.type == "cpu":
@@ -161,10 +166,10 @@ def checkpoint_layers(model: nn.Module) -> None:
 
 # the two passes, and the optimizer's step
 
-class OneProcess:
+class Engine:
     """Plain torch in one process.
 
-    encoder: (input_ids, attention_mask) -> (b, D). keep_graphs(micro_batches): of how many, the
+    encoder: (input_ids, attention_mask) -> (b, D). graphs_to_keep(micro_batches): of how many, the
     last ones, the graph of pass 1 is kept. release_memory(): called where much lies freed.
     """
 
@@ -172,12 +177,12 @@ class OneProcess:
 
     def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float,
                  scaling: LossScale,
-                 keep_graphs: Callable[[Sequence[MicroBatch]], int] = lambda micro_batches: 1,
+                 graphs_to_keep: Callable[[Sequence[MicroBatch]], int] = lambda micro_batches: 1,
                  release_memory: Callable[[], None] = lambda: None):
         self.encoder = encoder
         self.model = encoder  # what is called: ZeRO wraps it
         self.optimizer, self.clip, self.scaling = optimizer, clip, scaling
-        self.keep_graphs, self.release_memory = keep_graphs, release_memory
+        self.graphs_to_keep, self.release_memory = graphs_to_keep, release_memory
         named = encoder.named_parameters()
         self.parameters = {name: p for name, p in named if p.requires_grad}
 
@@ -191,21 +196,21 @@ class OneProcess:
         self.micro_batches = [[x.to(device) for x in m] for m in micro_batches]
         self.seeds = torch.randint(1 << 62, (len(micro_batches),)).tolist()
         self.graphs = {}
-        first_kept = len(micro_batches) - self._graphs_kept(micro_batches)
+        first_kept = len(micro_batches) - self._count_kept_graphs(micro_batches)
         embeddings = None
         with torch.random.fork_rng(devices=[]):
             for c, (index, input_ids, mask) in enumerate(self.micro_batches):
                 torch.manual_seed(self.seeds[c])  # the same dropout in both passes
                 with torch.set_grad_enabled(c >= first_kept):
                     part = self.model(input_ids, mask)
-                if embeddings is None:  # in one piece: many small ones would lie scattered about
+                if embeddings is None:  # in one piece: many small ones would scatter the heap
                     texts = sum(len(m[0]) for m in self.micro_batches)
                     embeddings = torch.empty(texts, part.shape[1], device=device)
                 embeddings[index] = part.detach().float()
                 if c >= first_kept:
                     self.graphs[c] = part
         if first_kept > 0:
-            give_back_freed_memory()  # the loss wants other sizes
+            give_back_freed_memory()  # it lies in pieces, and the loss wants large ones
         return embeddings.requires_grad_()
 
     def backward(self, gradient: Tensor) -> None:
@@ -225,8 +230,8 @@ class OneProcess:
             part = self.model(input_ids, mask)
         self._back_propagate((part * gradient[index]).sum(), last=c == 0)
 
-    def _graphs_kept(self, micro_batches: Sequence[MicroBatch]) -> int:
-        return self.keep_graphs(micro_batches)
+    def _count_kept_graphs(self, micro_batches: Sequence[MicroBatch]) -> int:
+        return self.graphs_to_keep(micro_batches)
 
     def _back_propagate(self, scalar: Tensor, last: bool) -> None:
         scalar.backward()
@@ -246,10 +251,10 @@ class OneProcess:
         return contextlib.nullcontext()
 
 
-class Zero(OneProcess):
+class ZeroEngine(Engine):
     """DeepSpeed with ZeRO (Rajbhandari et al. 2020) on any number of ranks: stage 1 shards the
-    optimizer's moments, 2 the gradients too, 3 the parameters too. Same verbs as OneProcess; every
-    call is a collective."""
+    optimizer's moments, 2 the gradients too, 3 the parameters too. Every method is a collective:
+    all ranks call it."""
 
     def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float,
                  scaling: LossScale, ranks: Ranks, config: dict, **passes):
@@ -277,12 +282,13 @@ class Zero(OneProcess):
         return f"DeepSpeed ZeRO {self.stage} on {self.ranks.world_size} ranks"
 
     def embed(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        return super().embed(equalise(micro_batches, max(self.ranks.all(len(micro_batches)))))
+        passes = max(self.ranks.gather_objects(len(micro_batches)))
+        return super().embed(equalise(micro_batches, passes))
 
-    def _graphs_kept(self, micro_batches: Sequence[MicroBatch]) -> int:
+    def _count_kept_graphs(self, micro_batches: Sequence[MicroBatch]) -> int:
         if self.stage == 3:
             return 1  # of several graphs at a time, DeepSpeed would lose gradients
-        return min(self.ranks.all(self.keep_graphs(micro_batches)))
+        return min(self.ranks.gather_objects(self.graphs_to_keep(micro_batches)))
 
     def _back_propagate(self, scalar: Tensor, last: bool) -> None:
         self.model.set_gradient_accumulation_boundary(last)  # else 1 and 2 keep the last pass alone
@@ -319,8 +325,8 @@ def import_deepspeed(device: torch.device):
 
 
 def equalise(micro_batches: Sequence[MicroBatch], count: int) -> list[MicroBatch]:
-    """`count` micro-batches, by halving the largest: every pass is a collective under ZeRO-2 and 3,
-    so that a rank with fewer than another would leave it waiting."""
+    """`count` micro-batches, by halving the largest; of fewer texts than that, some are empty.
+    Every pass is a collective under ZeRO-2 and 3: a rank with fewer would keep others waiting."""
     micro_batches = list(micro_batches)
     while len(micro_batches) < count:
         sizes = [len(index) for index, _, _ in micro_batches]
@@ -355,10 +361,10 @@ def read_zero(value: str) -> dict:
     return config
 
 
-def engine(encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float, scaling: LossScale,
-           ranks: Ranks, zero: str | None, **passes) -> OneProcess:
+def make_engine(encoder: nn.Module, optimizer: torch.optim.Optimizer, clip: float,
+                scaling: LossScale, ranks: Ranks, zero: str | None, **passes) -> Engine:
     """What takes the steps. zero unset: plain torch in one process, ZeRO stage 2 under a launcher;
-    set: DeepSpeed. passes: OneProcess's keep_graphs and release_memory."""
+    set: DeepSpeed. passes: graphs_to_keep and release_memory, as of Engine."""
     if zero is None and not ranks.launched:
-        return OneProcess(encoder, optimizer, clip, scaling, **passes)
-    return Zero(encoder, optimizer, clip, scaling, ranks, read_zero(zero or "2"), **passes)
+        return Engine(encoder, optimizer, clip, scaling, **passes)
+    return ZeroEngine(encoder, optimizer, clip, scaling, ranks, read_zero(zero or "2"), **passes)

@@ -231,9 +231,9 @@ class JinaBertModel(PreTrainedModel):
                 token_type_ids: Tensor | None = None, **_) -> BaseModelOutput:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.embeddings(input_ids, token_type_ids)
-        # In the precision of the products, which under mixed precision is not that of `hidden`:
-        # cast in every layer instead, the backward pass would keep a copy per layer, and the lowest
-        # fp32 number would become bf16's -inf.
+        # The bias in the dtype of the products (an empty one tells it), which under mixed precision
+        # is not that of `hidden`: cast in every layer instead, the backward pass would keep a copy
+        # per layer, and the lowest fp32 number would become bf16's -inf.
         attend = attention(self.slopes, mask, (hidden[:0] @ hidden[:0].mT).dtype)
         for layer in self.encoder["layer"]:
             hidden = layer(hidden, attend)

@@ -1,5 +1,5 @@
-"""Equations (3), (4) and (5) against values worked out by hand, and in tiles against as printed. In
-every docstring k pairs, N negatives, temperature tau.
+"""Equations (3), (4) and (5) against values worked out by hand; the tiled form against the printed
+one. In every docstring k pairs, N negatives, temperature tau.
 """
 
 import math

@@ -28,10 +28,10 @@ import memory
 import model
 from evaluation import metrics
 from plumbing import allocator, checkpoint, run
-from plumbing.check import check
+from plumbing.check import check_update
 from plumbing.files import publish
 from plumbing.flags import check_flags
-from plumbing.plan import Plan, plan as plan_memory
+from plumbing.plan import Plan, make_plan
 from plumbing.ranks import Ranks
 
 VOCABULARY = 30522  # of a tokenizer trained here: BERT's number; JinaBERT rounds it up to 30,528
@@ -46,10 +46,10 @@ def parse_arguments(argv: list[str] | None, ranks: Ranks
     parser = argument_parser()
     args, resumed = parser.parse_args(argv), None
     if args.resume:
-        resumed = ranks.once(lambda: checkpoint.newest(args.out))
+        resumed = ranks.on_rank_0(lambda: checkpoint.newest(args.out))
         parser.set_defaults(**resumed.flags())
         args = parser.parse_args(argv)
-        resumed.check(args)
+        resumed.check_flags(args)
     if args.stage == 2:
         args.negatives = 0
     check_flags(args, ranks.device)
@@ -62,7 +62,8 @@ def whole_or_auto(text: str) -> int | str:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("losses.py (§5.1, §5.2)").add_argument
     add("--stage", type=int, choices=(2, 3), default=2,
         help="2: pairs, equation (4); 3: with negatives, equation (5)")
@@ -145,9 +146,9 @@ def peak_learning_rate(args: argparse.Namespace, width: int) -> tuple[float, str
 
 
 def prepare(encoder: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float,
-            args: argparse.Namespace, ranks: Ranks) -> tuple[memory.OneProcess, Plan]:
+            args: argparse.Namespace, ranks: Ranks) -> tuple[memory.Engine, Plan]:
     """The means of §5.3 around an encoder: precision, checkpointed layers, as large passes as fit,
-    ZeRO -> what takes the steps, and what it was planned by."""
+    ZeRO -> the engine, and its plan of the memory. clip: --clip, but in --check."""
     dtype, reason = memory.choose_precision(args.precision, ranks.device)
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
     scaling = memory.mixed_precision(encoder, dtype)
@@ -155,14 +156,20 @@ def prepare(encoder: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: fl
         memory.checkpoint_layers(encoder)
     if args.zero is None and not ranks.launched:
         allocator.sparse_gradients(encoder)
-    plan = plan_memory(encoder, args, ranks)
+    plan = make_plan(encoder, args, ranks)
     if plan.keep_tokens and ranks.device.type == "cpu":
         allocator.keep_freed_memory()
-    engine = memory.engine(encoder, optimizer, clip, scaling, ranks, args.zero,
-                           keep_graphs=plan.keep_graphs, release_memory=plan.release_memory)
+    engine = memory.make_engine(encoder, optimizer, clip, scaling, ranks, args.zero,
+                           graphs_to_keep=plan.graphs_to_keep, release_memory=plan.release_memory)
     name = str(dtype).removeprefix("torch.")
     ranks.print_rank0(f"{size:.1f} M parameters, {name} ({reason}), {engine}\n{plan.line}")
     return engine, plan
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Of step 1 .. steps: rises linearly over the share `warmup` of them, then falls linearly."""
+    rising = max(1, round(warmup * steps))
+    return peak * min(step / rising, (steps + 1 - step) / max(1, steps + 1 - rising))
 
 
 def step_loss(q: Tensor, p: Tensor, n: Tensor | None, tau: float, ranks: Ranks
@@ -179,8 +186,9 @@ def step_loss(q: Tensor, p: Tensor, n: Tensor | None, tau: float, ranks: Ranks
     return loss, metrics.in_batch_accuracy(q, all_p, first_row)
 
 
-def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks: Ranks) -> None:
-    out = resumed.run if resumed else ranks.once(lambda: run.free_run(args.out))
+def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks: Ranks) -> int:
+    """A run, or --check -> the exit status."""
+    out = resumed.run if resumed else ranks.on_rank_0(lambda: run.free_run(args.out))
     torch.manual_seed(args.seed)
 
     # data (§5.1)
@@ -194,13 +202,13 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
     # model (§5)
     encoder, tokenizer = open_model(args, resumed, sources, ranks)
     make_micro_batches = partial(data.make_micro_batches, tokenizer, max_length=args.max_length)
-    make_micro_batches(["a text"], micro_tokens=args.max_length)  # raises where it is too long
+    make_micro_batches(["a text"], micro_tokens=args.max_length)  # raises for a bad --max-length
     if args.check:
-        sys.exit(not check(encoder, tokenizer, sources, args, ranks, prepare, step_loss))
+        good = check_update(encoder, tokenizer, sources, args, ranks, prepare, step_loss)
+        return 0 if good else 1
     batches = data.SourceBatches(
         sources, args.batch_size, args.seed, ranks.rank, ranks.world_size, args.negatives)
-    same = data.text_hash(str((batches.state_dict(), sorted(tokenizer.get_vocab().items()))))
-    if len(set(ranks.all(same))) > 1:
+    if not ranks.agree((batches.state_dict(), sorted(tokenizer.get_vocab().items()))):
         raise ValueError("the ranks see different corpora or tokenizers; they belong on a file "
                          "system that all nodes share")
 
@@ -220,10 +228,9 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
     evaluate = partial(metrics.held_out_retrieval, engine.model, tokenizer, sources,
                        args.max_length, plan.micro_tokens)
     write_model = partial(model.save, encoder, tokenizer)
-    warmup = max(1, round(args.warmup * args.steps))
     eval_every = args.eval_every or math.ceil(args.steps / 2)
     stop = run.StopSignal()
-    ranks.once(lambda: run.begin_metrics(out, first))
+    ranks.on_rank_0(lambda: run.begin(out, first))
     log = run.Metrics(out, writes=ranks.rank == 0)
     ranks.print_rank0(f"{out}: peak lr {peak:g} ({origin})")
     if not resumed:
@@ -234,7 +241,7 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
                disable=ranks.rank > 0)
     for step in bar:
         start = time.perf_counter()
-        lr = peak * min(step / warmup, (args.steps + 1 - step) / max(1, args.steps + 1 - warmup))
+        lr = learning_rate(step, args.steps, peak, args.warmup)
 
         batch = next(batches)                                     # one source (§5.1)
         micro_batches = make_micro_batches(batch.texts, micro_tokens=plan.micro_tokens)
@@ -246,10 +253,9 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
 
         tokens = sum(int(m.attention_mask.sum()) for m in micro_batches)
         padded = sum(m.input_ids.numel() for m in micro_batches)
-        loss, accuracy, tokens, padded, stopped = ranks.total(
-            loss.item(), accuracy, tokens, padded, stop.name is not None)
-        loss, accuracy = loss / ranks.world_size, accuracy / ranks.world_size
-        if not math.isfinite(loss) or engine.scaling.scale < 1:
+        loss, accuracy = ranks.mean(loss.item(), accuracy)
+        tokens, padded, stopped = ranks.sum(tokens, padded, stop.name is not None)
+        if not math.isfinite(loss) or engine.scaling.exhausted():
             raise FloatingPointError(
                 f"step {step}, source {batch.source}: loss {loss:g}, gradient norm {grad_norm:g}; "
                 f"the checkpoints in {out} are as they were; a lower --lr may help")
@@ -271,26 +277,28 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
             checkpoint.save(out, state, write_model, engine, ranks)
         if stopped and step < args.steps:
             bar.close()
-            return ranks.print_rank0(
+            ranks.print_rank0(
                 f"{stop.name or 'another rank was told to stop'}: saved and stopped after step "
                 f"{step} of {args.steps}; python train.py --resume --out {out} goes on")
+            return 0
 
     with engine.whole():
-        ranks.once(lambda: publish(out / "model", write_model))
+        ranks.on_rank_0(lambda: publish(out / "model", write_model))
     if ranks.rank == 0:
         jina = isinstance(encoder.backbone, model.JinaBertModel)
         run.report(out, log.evaluations(), needs_flag=jina)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> None:
-    ranks, args, status = Ranks(), None, 0
+    ranks, args = Ranks(), None
     # until the loop has its own: what is half built is cleared away
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         args, resumed = parse_arguments(argv, ranks)
-        train(args, resumed, ranks)
+        status = train(args, resumed, ranks)
     except (ArithmeticError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        status = run.explain(error, args, ranks)
+        status = run.report_error(error, args, ranks)
     if status:
         sys.exit(status)
     ranks.leave()

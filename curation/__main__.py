@@ -62,7 +62,7 @@ def add_filter(add: Callable) -> None:
     add("--model", metavar="NAME_OR_DIR", required=True,
         help="the encoder that has to find the target (all-MiniLM-L6-v2 in Jina Embeddings v1)")
     add("--pool", type=int, default=1_000_000,
-        help="random targets that a target must stand out from (v1's)")
+        help="random targets that a target must stand out from (Jina Embeddings v1's)")
     add("--top-k", type=int, default=2, help="a pair stays if its target is among so many (v1's)")
 
 
@@ -83,11 +83,11 @@ def add_mine(add: Callable) -> None:
     add("--retriever", metavar="NAME_OR_DIR", required=True,
         help="the bi-encoder that finds candidates")
     add("--cross-encoder", metavar="NAME_OR_DIR",
-        help="a sequence-classification model with one logit (ms-marco-MiniLM-L-6-v2 in v1); "
-             "unset: one is trained from --retriever")
+        help="a sequence-classification model with one logit (ms-marco-MiniLM-L-6-v2 in Jina "
+             "Embeddings v1); unset: one is trained from --retriever")
     add("--margin", type=float, default=0.0,
-        help=f"a negative's score is lower than the positive's by more (0: the paper's; 0.2: v1's; "
-             f"differences up to {EQUAL} are none)")
+        help=f"a negative's score is lower than the positive's by more (0: the paper's; 0.2: Jina "
+             f"Embeddings v1's; differences up to {EQUAL} are none)")
     add("--negatives", type=int, default=15, help="negatives per row (the paper's)")
 
 

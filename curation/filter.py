@@ -1,9 +1,10 @@
 """The consistency filter of §5.1: a pair stays if a model finds its target among many.
 
-    draw -> random_targets -> find_targets (positions) -> kept, dropped -> write
+    draw -> random_targets -> find_targets -> is_consistent -> write (kept, dropped)
 
 Paper: pairs are consistency-filtered (Dai et al. 2023, Wang et al. 2022); with which model, pool
-and top k is not said. Ours: yours; --pool and --top-k default to those of Jina Embeddings v1.
+and top k is not said. Ours: the model is a flag; --pool and --top-k default to those of Jina
+Embeddings v1.
 """
 
 import argparse
@@ -48,6 +49,11 @@ def filter_pairs(args: argparse.Namespace) -> None:
                         pool_size=len(pool), top_k=args.top_k, report=report))
 
 
+def is_consistent(positions: np.ndarray, top_k: int) -> np.ndarray:
+    """The decision: a pair is kept if its target is among the first `top_k`."""
+    return positions <= top_k
+
+
 def random_targets(sources: list[Source], count: int, top_k: int, seed: int) -> Pool:
     """What a pair's target has to stand out from."""
     pool = Pool([positives(source, source.train) for source in sources], count, seed)
@@ -75,8 +81,8 @@ def find_targets(
     found = [np.empty(0, int)]
     for start in tqdm(range(0, len(ids), embed.chunk), unit="chunk", desc=source.name):
         chunk = ids[start : start + embed.chunk]
-        kept = work.keep(f"positions-{source.name}-{start}", partial(positions, chunk))
-        found.append(np.load(kept))
+        file = work.keep(f"positions-{source.name}-{start}", partial(positions, chunk))
+        found.append(np.load(file))
     return np.concatenate(found)
 
 
@@ -88,11 +94,11 @@ def report_source(
     args: argparse.Namespace,
 ) -> None:
     """A row of the table, and two pairs of either kind to look at."""
-    kept = positions <= args.top_k
-    share = kept.mean() if len(ids) else 0
-    report.row(source.name, len(ids), int(kept.sum()), f"{share:.1%}", int((~kept).sum()))
-    report.few_rows(source, ids[kept], args.batch_size, "raise --top-k, or lower --pool")
-    for what, chosen in (("kept", kept), ("dropped", ~kept)):
+    good = is_consistent(positions, args.top_k)
+    share = good.mean() if len(ids) else 0
+    report.row(source.name, len(ids), int(good.sum()), f"{share:.1%}", int((~good).sum()))
+    report.few_rows(source, ids[good], args.batch_size, "raise --top-k, or lower --pool")
+    for what, chosen in (("kept", good), ("dropped", ~good)):
         order = np.random.default_rng(args.seed).permutation(np.flatnonzero(chosen))
         for i in order[:2]:
             row = source.read(ids[i])
@@ -118,10 +124,11 @@ def write(
     for source in sources:
         ids, found = rows[source.name], positions[source.name]
         reason = f"among {pool_size} random targets and its own, --top-k {top_k}"
-        not_kept = chain(dropped(source, ids, found, top_k, reason),
+        good = is_consistent(found, top_k)
+        not_kept = chain(dropped(source, ids[~good], found[~good], reason),
                          not_drawn(source, ids, queries, texts.hashes),
                          of_the_collection(source))
-        files[source.name] = {"path": kept(source, ids[found <= top_k]), "collection": not_kept}
+        files[source.name] = {"path": kept(source, ids[good]), "collection": not_kept}
         write_lines(folder / "held-out" / file_name(source), held_out(source))
     write_sources(folder, entries, sources, report, files)
 
@@ -135,12 +142,9 @@ def kept(source: Source, ids: np.ndarray) -> Iterator[dict]:
         yield line | {"negatives": negatives} if negatives else line
 
 
-def dropped(
-    source: Source, ids: np.ndarray, positions: np.ndarray, top_k: int, reason: str
-) -> Iterator[dict]:
+def dropped(source: Source, ids: np.ndarray, positions: np.ndarray, reason: str) -> Iterator[dict]:
     for row, position in zip(ids, positions):
-        if position > top_k:
-            yield with_reason(source.read(row), f"position {position} {reason}")
+        yield with_reason(source.read(row), f"position {position} {reason}")
 
 
 def not_drawn(

@@ -26,14 +26,14 @@ from curation.sources import Report, draw, identity, open_sources, write_sources
 from curation.work import Work, fingerprint
 from data import Source
 
-ROWS_AT_ONCE = 1024  # are scored at a time: with 30 candidates 31,744 pairs
-EQUAL = 0.01  # Ours: closer scores are equal: bf16's rounding of a logit moves one by up to 0.0008
+ROWS_AT_ONCE = 1024  # are scored at a time, each with its candidates
+EQUAL = 0.01  # Ours: scores as close count as equal; rounding in bf16 alone moves one by 0.0008
 
 
 class Confirmed(NamedTuple):
     """A negative that the retriever has found and the cross-encoder has confirmed."""
 
-    in_pool: int  # its position in the retriever's pool
+    index: int  # in the retriever's pool
     position: int  # among what the retriever found, from 1
     cosine: float
     score: float
@@ -44,7 +44,7 @@ class Mined(NamedTuple):
 
     row: int
     confirmed: list[Confirmed]
-    random: list[int]  # positions in the pool
+    random: list[int]  # indices in the pool
     candidates: int = 0
     rejected: int = 0  # candidates that were not confirmed
     positive_score: float | None = None  # None where no cross-encoder was asked
@@ -67,6 +67,7 @@ def mine(args: argparse.Namespace) -> None:
     reranker = None
     if retrieval:
         reranker = open_or_train(retrieval, rows, embed, work, report, args)
+    # Called twice, for the table and for the files; what takes long is kept in `work`.
     mined = {name: partial(mine_source, retriever, rows[name], reranker, work, args)
              for name, retriever in retrievers.items()}
     for source in sources:
@@ -82,7 +83,7 @@ def mine_source(
     work: Work,
     args: argparse.Namespace,
 ) -> Iterator[Mined]:
-    """What takes long is kept in `work`; the same again costs little."""
+    """By kind. What takes long is kept in `work`; the same again costs little."""
     if retriever.source.kind == "similarity":
         return random_for_non_retrieval(retriever, ids, args)
     return hard_for_retrieval(retriever, ids, reranker, work, args)
@@ -110,11 +111,11 @@ def hard_for_retrieval(
         chunk = ids[first : first + args.chunk]
         nearest = work.keep(f"nearest-{name}-{first}",
                             partial(candidates, retriever, chunk, args.candidates))
-        positions, cosines = np.load(nearest)
-        positions = positions.astype(int)
+        indices, cosines = np.load(nearest)
+        indices = indices.astype(int)
         for start in range(0, len(chunk), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
-            rows, found, near = chunk[part], positions[part], cosines[part]
+            rows, found, near = chunk[part], indices[part], cosines[part]
             scores = work.keep(f"scores-{name}-{first + start}-{version}",
                                partial(score, reranker, retriever, rows, found, near))
             yield from confirm_and_top_up(retriever, rows, found, near, np.load(scores), args)
@@ -124,7 +125,7 @@ def hard_for_retrieval(
 
 def candidates(retriever: Retriever, ids: np.ndarray, count: int) -> np.ndarray:
     """Paper: hard negatives are passages that retrieval models find similar to the query. -> (2, M,
-    C): positions in the pool, the nearest first, and cosines, -inf where the pool has no more."""
+    C): indices in the pool, the nearest first, and cosines, -inf where the pool has no more."""
     return np.stack(retriever.nearest(ids, count))  # in float64, which holds both as they are
 
 
@@ -132,13 +133,13 @@ def score(
     reranker: Reranker,
     retriever: Retriever,
     ids: np.ndarray,
-    positions: np.ndarray,
+    indices: np.ndarray,
     cosines: np.ndarray,
 ) -> np.ndarray:
     """The cross-encoder's scores, (M, 1 + C): of each row's positive, and of its candidates."""
     rows, there = [retriever.source.read(row) for row in ids], np.isfinite(cosines)
     pairs = [(row.query, row.positive) for row in rows]
-    pairs += [(rows[i].query, retriever.pool.text(positions[i, j])) for i, j in np.argwhere(there)]
+    pairs += [(rows[i].query, retriever.pool.text(indices[i, j])) for i, j in np.argwhere(there)]
     found = reranker(pairs)
     scores = np.full((len(ids), 1 + cosines.shape[1]), np.nan, "f4")
     scores[:, 0] = found[: len(ids)]
@@ -157,7 +158,7 @@ def top_up(
     retriever: Retriever, row: int, found: int, excluded: set[int], count: int, seed: int
 ) -> list[int]:
     """Random texts of the pool, none twice and none that is excluded, to the `found` negatives that
-    a row has already: `count` in all. -> their positions. Raises ValueError where the pool has too
+    a row has already: `count` in all. -> their indices. Raises ValueError where the pool has too
     few. A row has a seed of its own, so what it gets does not depend on the others."""
     source, size = retriever.source, len(retriever.pool)
     if size - len(excluded) < count - found:
@@ -166,16 +167,16 @@ def top_up(
     rng = np.random.default_rng([seed, text_hash(source.name), int(row)])
     drawn = []
     while found + len(drawn) < count:
-        position = int(rng.integers(size))
-        if position not in excluded and position not in drawn:
-            drawn.append(position)
+        index = int(rng.integers(size))
+        if index not in excluded and index not in drawn:
+            drawn.append(index)
     return drawn
 
 
 def confirm_and_top_up(
     retriever: Retriever,
     ids: np.ndarray,
-    positions: np.ndarray,
+    indices: np.ndarray,
     cosines: np.ndarray,
     scores: np.ndarray,
     args: argparse.Namespace,
@@ -186,18 +187,18 @@ def confirm_and_top_up(
     for i, row in enumerate(ids):
         there = int(np.isfinite(cosines[i]).sum())  # these come first
         lower = confirm(scores[i, 0], scores[i, 1 : 1 + there], args.margin)
-        confirmed = [Confirmed(positions[i, j], j + 1, cosines[i, j], scores[i, 1 + j])
+        confirmed = [Confirmed(indices[i, j], j + 1, cosines[i, j], scores[i, 1 + j])
                      for j in lower[: args.negatives]]
-        random = top_up(retriever, row, len(confirmed), excluded[i] | {*positions[i, :there]},
+        random = top_up(retriever, row, len(confirmed), excluded[i] | {*indices[i, :there]},
                         args.negatives, args.seed)
         yield Mined(row, confirmed, random, there, there - len(lower), scores[i, 0])
 
 
 def excluded_texts(retriever: Retriever, ids: np.ndarray) -> list[set[int]]:
-    """For each row, positions in the pool of what is no negative of it."""
+    """For each row, the indices in the pool of what is no negative of it."""
     excluded = [set() for _ in ids]
-    for i, position in zip(*retriever.excluded(ids)):
-        excluded[i].add(position)
+    for i, index in zip(*retriever.excluded(ids)):
+        excluded[i].add(index)
     return excluded
 
 
@@ -238,8 +239,8 @@ def lines(retriever: Retriever, mined: Iterable[Mined]) -> Iterator[dict]:
         line = {"query": query, "positive": positive}
         if found.positive_score is not None:
             line["positive_score"] = round(float(found.positive_score), 4)
-        in_pool = [negative.in_pool for negative in found.confirmed] + found.random
-        line["negatives"] = [retriever.pool.text(position) for position in in_pool]
+        indices = [negative.index for negative in found.confirmed] + found.random
+        line["negatives"] = [retriever.pool.text(index) for index in indices]
         line["mined"] = [{"from": "retriever", "position": int(negative.position),
                           "cosine": round(float(negative.cosine), 4),
                           "score": round(float(negative.score), 4)}

@@ -80,17 +80,17 @@ class Pool:
     def __len__(self) -> int:
         return len(self.hashes)
 
-    def text(self, position: int) -> str:
-        row = self.parts[self.part[position]].source.read(self.rows[position])
-        item = self.items[position]
+    def text(self, index: int) -> str:
+        row = self.parts[self.part[index]].source.read(self.rows[index])
+        item = self.items[index]
         return row.positive if item < 0 else row.negatives[item]
 
     def find(self, hashes: np.ndarray) -> Cells:
-        """Which of these hashes (M,) are in the pool, and at which positions."""
-        position = np.searchsorted(self.hashes, hashes)
-        there = np.flatnonzero(position < len(self))
-        there = there[self.hashes[position[there]] == hashes[there]]
-        return there, position[there]
+        """Which of these hashes (M,) are in the pool, and at which indices."""
+        index = np.searchsorted(self.hashes, hashes)
+        there = np.flatnonzero(index < len(self))
+        there = there[self.hashes[index[there]] == hashes[there]]
+        return there, index[there]
 
 
 class Embedder:
@@ -110,8 +110,8 @@ class Embedder:
     def chunks(self, work: Work, name: str, pool: Pool) -> list[Path]:
         """The vectors of a pool, in files of `chunk` rows."""
         def embed_from(first: int) -> np.ndarray:
-            positions = range(first, min(first + self.chunk, len(pool)))
-            return self([pool.text(position) for position in positions]).cpu().numpy()
+            last = min(first + self.chunk, len(pool))
+            return self([pool.text(index) for index in range(first, last)]).cpu().numpy()
 
         starts = range(0, len(pool), self.chunk)
         return [work.keep(f"{name}-{first}", partial(embed_from, first))
@@ -122,23 +122,23 @@ class KnownPositives:
     """Which texts of a pool any of the sources has as a positive of a query."""
 
     def __init__(self, sources: list[Source], pool: Pool):
-        queries, positions = [], []
+        queries, indices = [], []
         for source in sources:
-            rows, position = pool.find(source.index["positive"])
+            rows, index = pool.find(source.index["positive"])
             queries.append(source.index["query"][rows])
-            positions.append(position)
-        queries, positions = np.concatenate(queries), np.concatenate(positions)
+            indices.append(index)
+        queries, indices = np.concatenate(queries), np.concatenate(indices)
         order = np.argsort(queries, kind="stable")
-        self.pool, self.queries, self.positions = pool, queries[order], positions[order]
+        self.pool, self.queries, self.indices = pool, queries[order], indices[order]
 
     def cells(self, queries: np.ndarray) -> Cells:
         """Where in the pool the positives of these queries (their hashes, (M,)) stand, and the
         queries' own texts."""
         first, last = (np.searchsorted(self.queries, queries, side) for side in ("left", "right"))
-        positives = [self.positions[a:b] for a, b in zip(first, last)]
+        known = [self.indices[a:b] for a, b in zip(first, last)]
         there, own = self.pool.find(queries)
         return (np.concatenate([there, np.repeat(np.arange(len(queries)), last - first)]),
-                np.concatenate([own, *positives]))
+                np.concatenate([own, *known]))
 
 
 class Retriever:
@@ -158,6 +158,6 @@ class Retriever:
         return self.known.cells(self.source.index["query"][rows])
 
     def nearest(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """-> positions in the pool (M, C) and cosines (M, C), as `search.nearest`."""
+        """-> indices in the pool (M, C) and cosines (M, C), as `search.nearest`."""
         q = self.embed([self.source.read(row).query for row in rows])
         return search.nearest(q, self.vectors, count, self.excluded(rows))

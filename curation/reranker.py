@@ -69,7 +69,8 @@ class Reranker:
             inputs = [input_ids, attention_mask]
             if self.typed:
                 ends = (input_ids == self.tokenizer.sep_token_id).long()
-                inputs.append((ends.cumsum(1) > ends).long())  # [CLS] query [SEP] are 0, the rest 1
+                # after the first [SEP], which itself still is 0: [CLS] query [SEP] 0, passage 1
+                inputs.append((ends.cumsum(1) > ends).long())
             logits = self.encoder(*(x.to(device()) for x in inputs)).logits
             yield index, logits[:, 0].float().cpu()
 
@@ -129,12 +130,12 @@ def train_cross_encoder(
     """Trains a cross-encoder from an encoder, on these rows and what the retrievers find for them,
     and saves it. Raises ValueError where there is no row."""
     torch.manual_seed(args.seed)
-    found = []  # (retriever, row, positions of what it finds)
+    found = []  # (retriever, row, indices of what it finds)
     for retriever in retrievers:
         ids = rows[retriever.source.name]
         if len(ids):
-            for row, position, cosine in zip(ids, *retriever.nearest(ids, args.candidates)):
-                found.append((retriever, row, position[np.isfinite(cosine)]))
+            for row, index, cosine in zip(ids, *retriever.nearest(ids, args.candidates)):
+                found.append((retriever, row, index[np.isfinite(cosine)]))
     if not found:
         raise ValueError('no source of kind "retrieval" has a row to train a cross-encoder on')
     reranker = Reranker(*cross_encoder.load(name, new_head=True), args.max_length,
@@ -157,10 +158,10 @@ def draw_batches(
     order = np.concatenate([rng.permutation(len(found)) for _ in range(epochs)])[:count]
     for batch in order.reshape(steps, -1):
         examples = []
-        for retriever, row, positions in (found[i] for i in batch):
+        for retriever, row, indices in (found[i] for i in batch):
             query, positive, *_ = retriever.source.read(row)
-            drawn = rng.permutation(positions)[:CANDIDATES]
-            candidates = [retriever.pool.text(position) for position in drawn]
+            drawn = rng.permutation(indices)[:CANDIDATES]
+            candidates = [retriever.pool.text(index) for index in drawn]
             examples.append(Example(query, positive, candidates))
         yield examples
 
@@ -183,11 +184,11 @@ def held_out_pairs(
         own = np.array([number[text_hash(row.positive)] for row in rows])
         q, p = embed([row.query for row in rows]), embed(targets)
         count, each = min(candidates, len(targets) - 1), np.arange(len(rows))
-        positions, cosines = search.nearest(q, [p.cpu().numpy()], count, (each, own))
+        indices, cosines = search.nearest(q, [p.cpu().numpy()], count, (each, own))
         drawn = np.random.default_rng(seed).integers(count, size=len(rows))
         right += int(((q * p[own]).sum(1).cpu().numpy() > cosines[each, drawn]).sum())
-        for row, position in zip(rows, positions[each, drawn]):
-            pairs += [(row.query, row.positive), (row.query, targets[position])]
+        for row, index in zip(rows, indices[each, drawn]):
+            pairs += [(row.query, row.positive), (row.query, targets[index])]
     if len(pairs) < 40:
         raise ValueError(f"{len(pairs) // 2} held-out pairs are too few to try a cross-encoder on; "
                          f'give the sources of kind "retrieval" eval files with 20 or more')

@@ -1,8 +1,8 @@
 """Exact search among more vectors than fit in memory: cosines block by block, no index.
 
-A pool's vectors come in chunks, arrays (k, D) or files of them, of length 1. A position in a pool
-is 0-based; a position among search results is 1-based. Axis letters: M queries, K texts of a pool,
-k of a chunk, C nearest ones, D width. Nothing here knows what the texts are.
+A pool's vectors come in chunks, arrays (k, D) or files of them, of length 1. An index is one in a
+pool, from 0 on; a position is one among search results, from 1 on. Axis letters: M queries, K texts
+of a pool, k of a chunk, C nearest ones, D width. Nothing here knows what the texts are.
 """
 
 from collections.abc import Iterator
@@ -15,23 +15,23 @@ from torch import Tensor
 from evaluation.metrics import SCORES_AT_ONCE, TIE
 
 Chunks = list[Path | np.ndarray]
-Cells = tuple[np.ndarray, np.ndarray]  # (which queries, which positions in a pool), a cell each
+Cells = tuple[np.ndarray, np.ndarray]  # (which queries, which indices in a pool), a cell each
 
 
 def blocks(q: Tensor, chunks: Chunks, excluded: Cells) -> Iterator[tuple[slice, int, Tensor]]:
     """Cosines of queries q (M, D) and a pool, -inf where excluded, some queries and a chunk at a
-    time. -> which queries (m), the position of the first column, cosines (m, k)."""
+    time. -> which queries (m), the index of the first column, cosines (m, k)."""
     order = np.argsort(excluded[1])
-    query, position = excluded[0][order], excluded[1][order].astype(int)
+    query, index = excluded[0][order], excluded[1][order].astype(int)
     first = 0
     for chunk in chunks:
         vectors = np.load(chunk) if isinstance(chunk, Path) else chunk
         vectors = torch.from_numpy(vectors).to(q.device)
         size = max(1, SCORES_AT_ONCE // len(vectors))
-        here = slice(*np.searchsorted(position, (first, first + len(vectors))))
+        begin, end = np.searchsorted(index, (first, first + len(vectors)))  # in this chunk
         for start in range(0, len(q), size):
             cosine = q[start : start + size] @ vectors.T
-            i, j = query[here] - start, position[here] - first
+            i, j = query[begin:end] - start, index[begin:end] - first
             inside = (i >= 0) & (i < len(cosine))
             cosine[torch.from_numpy(i[inside]), torch.from_numpy(j[inside])] = -torch.inf
             yield slice(start, start + size), first, cosine
@@ -53,11 +53,11 @@ def nearest(
     q: Tensor, chunks: Chunks, count: int, excluded: Cells
 ) -> tuple[np.ndarray, np.ndarray]:
     """The nearest texts of a pool, the nearest first; of equal ones at the end of the list, those
-    that torch.topk gives. -> positions (M, C), cosines (M, C), -inf where a pool has no more."""
+    that torch.topk gives. -> indices (M, C), cosines (M, C), -inf where a pool has no more."""
     best = torch.full((len(q), count), -torch.inf, device=q.device)
-    position = torch.zeros_like(best, dtype=torch.long)
+    index = torch.zeros_like(best, dtype=torch.long)
     for rows, first, block in blocks(q, chunks, excluded):
         top = block.topk(min(count, block.shape[1]))
         best[rows], order = torch.cat([best[rows], top.values], 1).topk(count)
-        position[rows] = torch.cat([position[rows], top.indices + first], 1).gather(1, order)
-    return position.cpu().numpy(), best.cpu().numpy()
+        index[rows] = torch.cat([index[rows], top.indices + first], 1).gather(1, order)
+    return index.cpu().numpy(), best.cpu().numpy()

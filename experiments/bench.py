@@ -245,7 +245,7 @@ def measure(cell: Cell, steps: int, out: Path) -> dict:
     seconds = []
     try:
         side = SIDES[cell.side](cell, path)
-        plan.forget_peak(DEVICE)
+        plan.reset_peak(DEVICE)
         side.step(few)
         for _ in range(steps):
             start = clock()
@@ -253,7 +253,7 @@ def measure(cell: Cell, steps: int, out: Path) -> dict:
             seconds.append(clock() - start)
     except torch.OutOfMemoryError:  # a GPU's
         return no_room(cell)
-    peak = plan.held(DEVICE, peak=True)
+    peak = plan.memory_held(DEVICE, peak=True)
     return {**cell._asdict(), "loss": loss, "seconds": seconds, "peak": peak,
             **side.more(rows, median(seconds))}
 

@@ -163,7 +163,7 @@ def update(cell: Cell, ranks: Ranks, config: str) -> Tensor:
     engine, _ = train.prepare(encoder, optimizer, 0.0 if sgd else CLIP, args, ranks)
     size = {"one": K * (2 + N), "unequal": 3 * (1 + ranks.rank)}.get(cell.micro, 3)
     keep_tokens = K * (2 + N) * 4 // ranks.world_size if cell.micro in ("kept", "unequal") else 0
-    engine.keep_graphs = Plan(size, keep_tokens, line="").keep_graphs
+    engine.graphs_to_keep = Plan(size, keep_tokens, line="").graphs_to_keep
     for step in range(STEPS):
         texts = texts_of(step, cell.stage, ranks.rank, ranks.world_size)
         embeddings = engine.embed(make_micro_batches(texts, size))
@@ -202,12 +202,12 @@ def worker(args: argparse.Namespace) -> None:
         config = Path(args.worker).with_suffix(".config")
         zero = {"stage": cell.zero, "stage3_param_persistence_threshold": 0,
                 "reduce_bucket_size": 2000}
-        ranks.once(lambda: config.write_text(json.dumps({"zero_optimization": zero})))
+        ranks.on_rank_0(lambda: config.write_text(json.dumps({"zero_optimization": zero})))
         calls.clear()
         found = update(cell, alone if cell.zero is None else ranks, str(config))
         counts = [calls.count(name) / STEPS for name in COLLECTIVES]
         own = compare(found, plain[cell.stage, cell.optimizer])
-        error, norm, angle = map(max, zip(*ranks.all(own)))
+        error, norm, angle = map(max, zip(*ranks.gather_objects(own)))
         results.append((cell, dict(error=error, norm=norm, cosine=1 - angle, calls=counts)))
     if ranks.rank == 0:
         Path(args.worker).write_text(json.dumps(results))

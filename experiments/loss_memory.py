@@ -28,7 +28,7 @@ from plumbing import plan
 FORMS = {"printed": losses.info_nce, "tiles": losses.info_nce_tiled}
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-held = partial(plan.held, DEVICE)
+held = partial(plan.memory_held, DEVICE)
 
 
 def embeddings(rows: int, negatives: int, width: int) -> list[torch.Tensor]:

@@ -56,7 +56,7 @@ def storages(values: Iterable) -> dict[int, int]:
     return found
 
 
-def count(engine: memory.OneProcess) -> dict[str, int]:
+def count(engine: memory.Engine) -> dict[str, int]:
     """Bytes of this process's tensors by what they are. What is nothing else is a gradient, from
     100 kB on: the texts are too short for larger activations."""
     parameters = list(engine.encoder.parameters())
@@ -84,7 +84,7 @@ def rank(zero: str, size: str) -> None:
     encoder = model.create(size)
     parameters = sum(p.numel() for p in encoder.parameters())
     optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)
-    engine = memory.engine(
+    engine = memory.make_engine(
         encoder, optimizer, 1.0, memory.LossScale(torch.float32), ranks, zero)
     ids, mask = torch.arange(1, 6)[None], torch.ones(1, 5, dtype=torch.long)
     micro_batches = [(torch.tensor([i]), ids, mask) for i in (0, 1)]
@@ -98,7 +98,7 @@ def rank(zero: str, size: str) -> None:
         engine.backward(embeddings.grad)
         found["backward"] = count(engine)
         engine.step(1e-4)
-    by_rank = ranks.all(found)
+    by_rank = ranks.gather_objects(found)
     largest = {moment: {kind: max(one[moment][kind] for one in by_rank) for kind in KINDS}
                for moment in found}
     ranks.print_rank0(json.dumps(largest | {"total": parameters, "stage": engine.stage}))

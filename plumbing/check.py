@@ -19,11 +19,12 @@ ROWS, TOKENS = 32, 16384  # few, for plain fp32 holds the graph of them all
 LR = 1024.0  # a step beside which the weights' own rounding is nothing
 
 
-def check(encoder: torch.nn.Module, tokenizer, sources: list[data.Source], args: argparse.Namespace,
-          ranks: Ranks, prepare: Callable, step_loss: Callable) -> bool:
+def check_update(encoder: torch.nn.Module, tokenizer, sources: list[data.Source],
+                 args: argparse.Namespace, ranks: Ranks, prepare: Callable, step_loss: Callable
+                 ) -> bool:
     """Whether the two gradients agree, which is also printed. prepare, step_loss: train.py's."""
     rows = min(ROWS, max(2, TOKENS // (args.max_length * (2 + args.negatives))))
-    rows = ranks.world_size * -(-rows // ranks.world_size)
+    rows = ranks.world_size * math.ceil(rows / ranks.world_size)
     args = argparse.Namespace(**{**vars(args), "batch_size": rows})
     encoder.eval()  # no dropout: its masks follow the micro-batches
     plain = copy.deepcopy(encoder)
@@ -35,7 +36,8 @@ def check(encoder: torch.nn.Module, tokenizer, sources: list[data.Source], args:
     micro_batches = data.make_micro_batches(
         tokenizer, batch.texts, args.max_length, micro_tokens=args.max_length)
     norm = math.inf
-    while not math.isfinite(norm) and engine.scaling.scale >= 1:  # fp16 may have to lower its scale
+    # fp16 may have to lower its scale first
+    while not math.isfinite(norm) and not engine.scaling.exhausted():
         embeddings = engine.embed(micro_batches)
         loss, _ = step_loss(*batch.split(embeddings), args.tau, ranks)
         loss.backward()

@@ -30,9 +30,9 @@ KEEP = 2  # the newest, and one more in case a disk lets the newest down
 def save(run: Path, state: dict, write_model: Callable[[Path], None], engine, ranks: Ranks) -> None:
     """Writes run/checkpoints/STEP and removes all but the newest KEEP. state: JSON-able, with
     "step". engine: memory.py's. Every rank calls it; rank 0 writes."""
-    moments, random_states = gather_moments(engine), ranks.all(torch.get_rng_state())
+    moments, random_states = gather_moments(engine), ranks.gather_objects(torch.get_rng_state())
     with engine.whole():
-        ranks.once(lambda: write(run, state, write_model, moments, random_states))
+        ranks.on_rank_0(lambda: write(run, state, write_model, moments, random_states))
 
 
 def write(run: Path, state: dict, write_model: Callable[[Path], None], moments: dict[str, Tensor],
@@ -66,11 +66,11 @@ class Checkpoint(NamedTuple):
     state: dict
 
     def flags(self) -> dict:
-        """The run's flags, and in place of what was left open what was chosen: the manifest and the
-        tokens of a pass. (Runs of before there was "chosen" have these among "args".)"""
+        """The run's flags, with the manifest and the tokens of a pass that were chosen where the
+        flags left them open. (Earlier versions saved these among "args", and no "chosen".)"""
         return self.state["args"] | self.state.get("chosen", {})
 
-    def check(self, args: argparse.Namespace) -> None:
+    def check_flags(self, args: argparse.Namespace) -> None:
         """Raises ValueError where these flags cannot go on with the run."""
         then = self.state["args"]
         if self.state["step"] >= args.steps and (self.run / "model").is_dir():

@@ -9,10 +9,9 @@ from safetensors import SafetensorError
 
 
 def publish(directory: Path, write: Callable[[Path], None], replace: bool = True) -> None:
-    """write(part) fills a folder, which takes its name only when every byte of it is on disk. Where
-    one of that name is by then, it goes first, or without `replace` stays: another process has made
-    the same. Raises OSError when it cannot be written: the libraries' own errors for a full disk
-    are of no common class."""
+    """write(part) fills a folder, which takes the name `directory` only when every byte is on disk.
+    If a folder has that name by then, it is replaced; or kept, without `replace`, since another
+    process has made the same. Raises OSError when it cannot be written."""
     part = directory.with_name(f"{directory.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)  # a killed process may have had the same number
     part.mkdir(parents=True)
@@ -28,6 +27,7 @@ def publish(directory: Path, write: Callable[[Path], None], replace: bool = True
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError) and not replace and directory.is_dir():
             return
+        # the libraries' errors for a full disk: tokenizers' is a bare Exception
         if type(error) is Exception or isinstance(error, SafetensorError):
             raise OSError(f"{directory} cannot be written: {error}") from error
         raise

@@ -4,10 +4,10 @@ ranks opens with any other. (DeepSpeed's own checkpoints do not.)"""
 import torch
 from torch import Tensor, nn
 
-from memory import OneProcess
+from memory import Engine
 
 
-def gather_moments(engine: OneProcess) -> dict[str, Tensor]:
+def gather_moments(engine: Engine) -> dict[str, Tensor]:
     """{"parameter/kind": tensor}, on rank 0. Every rank calls it."""
     state = engine.optimizer.state
     if engine.stage == 0:
@@ -24,7 +24,7 @@ def gather_moments(engine: OneProcess) -> dict[str, Tensor]:
     return moments
 
 
-def load_moments(engine: OneProcess, moments: dict[str, Tensor]) -> None:
+def load_moments(engine: Engine, moments: dict[str, Tensor]) -> None:
     """Puts back what `gather_moments` gave. Every rank calls it, before the first step."""
     if engine.stage > 0:
         make_moments(engine)
@@ -40,7 +40,7 @@ def load_moments(engine: OneProcess, moments: dict[str, Tensor]) -> None:
                 state[kind].copy_(value)
 
 
-def make_moments(engine: OneProcess) -> None:
+def make_moments(engine: Engine) -> None:
     """All 0, by a step of a gradient of 0 that changes no weight."""
     token = torch.zeros(1, 1, dtype=torch.long, device=engine.ranks.device)
     embeddings = engine.embed([(torch.zeros(1, dtype=torch.long), token, token + 1)])
@@ -48,7 +48,7 @@ def make_moments(engine: OneProcess) -> None:
     engine.step(lr=0.0)
 
 
-def set_moment(engine: OneProcess, parameter: Tensor, value: Tensor, kind: str) -> None:
+def set_moment(engine: Engine, parameter: Tensor, value: Tensor, kind: str) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
     if engine.stage < 3:
         return safe_set_full_optimizer_state(parameter, value, kind)

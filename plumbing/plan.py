@@ -38,25 +38,26 @@ class Plan(NamedTuple):
     micro_tokens: int
     keep_tokens: int  # room for the graphs of so many
     line: str
-    most: float = math.inf  # bytes that a process on a CPU may hold
-    least: int = 0  # tokens that a graph counts for at least: some of it is not by token
+    max_bytes: float = math.inf  # that a process on a CPU may hold
+    min_tokens: int = 0  # a graph counts for so many at least: some of it is there in any case
 
-    def keep_graphs(self, micro_batches: Sequence[tuple]) -> int:
+    def graphs_to_keep(self, micro_batches: Sequence[tuple]) -> int:
         """Of how many of the last micro-batches (index, input_ids, mask) the graph is kept:
         keep_tokens together at most, padding included. One at least, for pass 2 needs the room of
         one graph anyway."""
-        sizes = [max(self.least, input_ids.numel()) for _, input_ids, _ in reversed(micro_batches)]
+        sizes = [max(self.min_tokens, input_ids.numel())
+                 for _, input_ids, _ in reversed(micro_batches)]
         return max(1, sum(size <= self.keep_tokens for size in accumulate(sizes)))
 
     def release_memory(self) -> None:
         """Gives back what lies freed in pieces, where it is so much that the process holds more
         than it may."""
-        if held(torch.device("cpu")) > self.most:
+        if memory_held(torch.device("cpu")) > self.max_bytes:
             give_back_freed_memory()
 
 
-def held(device: torch.device, peak: bool = False) -> int:
-    """Bytes of this process now, or at its peak since `forget_peak`; on a GPU what torch has
+def memory_held(device: torch.device, peak: bool = False) -> int:
+    """Bytes of this process now, or at its peak since `reset_peak`; on a GPU what torch has
     allocated there. 0: unknown."""
     if device.type == "cuda":
         if peak:
@@ -68,15 +69,15 @@ def held(device: torch.device, peak: bool = False) -> int:
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1])
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(OSError):  # where it is not allowed, `cost` finds too much
+        with contextlib.suppress(OSError):  # if it is not allowed, `bytes_a_token` finds too much
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def free(device: torch.device) -> int:
+def memory_free(device: torch.device) -> int:
     """Bytes this process could still take: of the GPU, or its share of the machine's or its
     container's memory."""
     if device.type == "cuda":
@@ -105,7 +106,7 @@ def below_limits(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/
             yield most - taken + (int(cached[1]) if cached else 0)  # files go when memory is needed
 
 
-def cost(encoder: nn.Module, max_length: int, device: torch.device) -> tuple[float, float]:
+def bytes_a_token(encoder: nn.Module, max_length: int, device: torch.device) -> tuple[float, float]:
     """Bytes a token, measured on one micro-batch of MEASURED tokens: what its graph holds between
     forward and backward pass (in 16 bits also a copy of the weights), and the peak of both passes.
     Leaves gradients of zeros, and dropout's random state as it was."""
@@ -116,13 +117,13 @@ def cost(encoder: nn.Module, max_length: int, device: torch.device) -> tuple[flo
     mask[:, -1] = 0  # with padding ALiBi's bias is another one for every text
     for _ in range(2):  # the first makes the gradients, and loads kernels
         give_back_freed_memory()
-        before = held(device)
-        forget_peak(device)
+        before = memory_held(device)
+        reset_peak(device)
         embeddings = encoder(ids, mask)
         give_back_freed_memory()
-        graph = held(device) - before
+        graph = memory_held(device) - before
         embeddings.sum().backward()
-        peak = held(device, peak=True) - before
+        peak = memory_held(device, peak=True) - before
     for p in encoder.parameters():
         if p.grad is not None:
             p.grad.zero_()
@@ -131,32 +132,32 @@ def cost(encoder: nn.Module, max_length: int, device: torch.device) -> tuple[flo
     return max(graph, 1) / ids.numel(), max(peak, graph, 1) / ids.numel()
 
 
-def plan(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks) -> Plan:
+def make_plan(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks) -> Plan:
     """The same on all ranks: what fits on the one with the least room. args: train.py's."""
     kind, config = ranks.device.type, encoder.backbone.config
     asked = None if args.micro_tokens == "auto" else args.micro_tokens
     size = asked or max(args.max_length, TOKENS[kind])
-    if not held(ranks.device):
+    if not memory_held(ranks.device):
         return Plan(size, 0, "memory: this system does not tell, so no activations are kept")
-    costs = ranks.all(cost(encoder, args.max_length, ranks.device))
+    costs = ranks.gather_objects(bytes_a_token(encoder, args.max_length, ranks.device))
     graph = max(graph for graph, _ in costs)
     peak = max(peak for _, peak in costs)
 
-    now = held(ranks.device)
-    total = args.memory * 1e9 if args.memory else now + SHARE[kind] * free(ranks.device)
+    now = memory_held(ranks.device)
+    total = args.memory * 1e9 if args.memory else now + SHARE[kind] * memory_free(ranks.device)
     stage, optimizer = for_the_optimizer(encoder, args, ranks)
     texts = args.batch_size // ranks.world_size * (2 + args.negatives)
     # embeddings, unit rows, the columns of all ranks, and their gradients; tiles
     loss = 4 * config.hidden_size * texts * (4 + 4 * ranks.world_size) + 1e8
-    room = min(ranks.all(total - now - optimizer - loss))
+    room = min(ranks.gather_objects(total - now - optimizer - loss))
 
     while not asked and size > args.max_length and peak * size > room:
         size = max(args.max_length, size // 2)
     keep_tokens = int(max(0, (room - (peak - graph) * size) / graph))
-    # half of the layers' inputs: less can only mean a malloc that gives nothing back
-    untold = graph < 2 * config.num_hidden_layers * config.hidden_size
-    if keep_tokens < size or stage == 3 or untold:
-        keep_tokens = 0  # one graph is kept anyway; for stage 3 see memory.Zero
+    # less than half of the layers' inputs: then malloc gave nothing back, and nothing was measured
+    unmeasured = graph < 2 * config.num_hidden_layers * config.hidden_size
+    if keep_tokens < size or stage == 3 or unmeasured:
+        keep_tokens = 0  # one graph is kept anyway; for stage 3 see memory.ZeroEngine
     keep = min(keep_tokens, texts * args.max_length)
     needed = now + optimizer + loss + max(keep * graph + (peak - graph) * size, peak * size)
 
@@ -166,8 +167,8 @@ def plan(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks) -> Plan:
             f"the graphs of {keep:,} kept; about {needed / 1e9:.2f} of at most {total / 1e9:.2f}")
     if peak * size > room:
         line += f": MORE THAN THERE IS; what helps: {', '.join(ways_to_less(args, size))}"
-    most = max(needed, total) if kind == "cpu" else math.inf
-    return Plan(size, keep_tokens, line, most, least=MEASURED[kind])
+    max_bytes = max(needed, total) if kind == "cpu" else math.inf
+    return Plan(size, keep_tokens, line, max_bytes, min_tokens=MEASURED[kind])
 
 
 def for_the_optimizer(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks
@@ -202,7 +203,7 @@ def out_of_memory(error: Exception, args: argparse.Namespace, device: torch.devi
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if not known and not re.search("allocate memory|ALLOC_FAILED", str(error)):
         return None
-    most, ways = held(device, peak=True) / 1e9, []
+    most, ways = memory_held(device, peak=True) / 1e9, []
     if most:
         gigabytes = 0.8 * min(most, args.memory or most)
         ways.append(f"--memory {gigabytes:.2g} keeps fewer activations")

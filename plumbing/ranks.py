@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from hashlib import blake2b
 
 import torch
 import torch.distributed as dist
@@ -59,21 +60,21 @@ class Ranks:
             atexit.register(self._end_beats)
 
     def join(self, store: dist.Store) -> None:
-        forever = timedelta(days=1)  # of `messages`: the others wait while rank 0 builds an index
+        forever = timedelta(days=1)  # the others wait while rank 0 builds an index
         cuda = self.device.type == "cuda"
         dist.init_process_group(
             "nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world_size,
             timeout=timedelta(minutes=10) if cuda else forever)
-        self.messages = dist.new_group(backend="gloo", timeout=forever)
+        self.messages = dist.new_group(backend="gloo", timeout=forever)  # short ones, by the CPU
 
     def leave(self) -> None:
-        """Only where all do: NCCL's end waits for every rank."""
+        """The process group, where every rank does: NCCL's end waits for all."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def complain(self, line: str) -> None:
-        """One rank says what was wrong: rank 0 if it fails too. It may hold the store: it stays
-        until the others have asked."""
+        """One line for all ranks that fail, of rank 0 if it is among them. Rank 0 may hold the
+        store in which they look whether another has spoken: it waits until they have."""
         time.sleep(1 if self.rank else 0)
         with contextlib.suppress(RuntimeError):
             if not self.launched or self.store.add("complaints", 1) == 1:
@@ -89,14 +90,21 @@ class Ranks:
         back."""
         return Gather.apply(own, self.world_size) if self.world_size > 1 else own
 
-    def total(self, *values: float) -> list[float]:
-        """The sums over ranks."""
+    def mean(self, *values: float) -> list[float]:
+        return [value / self.world_size for value in self.sum(*values)]
+
+    def sum(self, *values: float) -> list[float]:
         values = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(values, group=self.messages)
         return values.tolist()
 
-    def all(self, value: object) -> list:
+    def agree(self, value: object) -> bool:
+        """Whether it is the same on every rank, by its repr."""
+        digest = blake2b(repr(value).encode()).hexdigest()
+        return len(set(self.gather_objects(digest))) == 1
+
+    def gather_objects(self, value: object) -> list:
         """Every rank's `value`, on every rank."""
         values = [value]
         if self.world_size > 1:
@@ -104,7 +112,7 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.messages)
         return values
 
-    def once(self, call: Callable):
+    def on_rank_0(self, call: Callable):
         """What call() gives on rank 0, on every rank. Where it raises OSError or ValueError, every
         rank does."""
         result = error = None
@@ -113,7 +121,7 @@ class Ranks:
                 result = call()
             except (OSError, ValueError) as caught:
                 error = caught
-        result, error = self.all((result, error))[0]
+        result, error = self.gather_objects((result, error))[0]
         if error:
             raise error
         return result
@@ -121,10 +129,11 @@ class Ranks:
     def rank_0_first(self, call: Callable):
         """call() on rank 0, then on the others: what it builds on disk, they find."""
         own = []
-        self.once(lambda: own.append(call()))
+        self.on_rank_0(lambda: own.append(call()))
         return own[0] if own else call()
 
     def _beat(self) -> None:
+        """A heartbeat in the store, every second: how `lost` tells who is gone."""
         with contextlib.suppress(RuntimeError):  # whoever held the store is gone
             while not self.ended.wait(1):
                 self.store.add(f"beats of {self.rank}", 1)

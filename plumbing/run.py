@@ -31,9 +31,9 @@ def free_run(out: str | None) -> Path:
     return Path(out)
 
 
-def begin_metrics(run: Path, first: int) -> None:
-    """Makes run/metrics.jsonl, or cuts off its lines from step `first` on: a resumed run takes
-    those steps again."""
+def begin(run: Path, first: int) -> None:
+    """Makes the folder and its metrics.jsonl. Of a resumed run it cuts off the lines from step
+    `first` on, for those steps are taken again, and removes what a killed process was writing."""
     path = run / "metrics.jsonl"
     run.mkdir(parents=True, exist_ok=True)
     try:
@@ -44,7 +44,7 @@ def begin_metrics(run: Path, first: int) -> None:
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < first]
     for part in [*run.glob("*.part-*"), *run.glob("checkpoints/*.part-*")]:
-        shutil.rmtree(part)  # what a killed process was writing
+        shutil.rmtree(part)
     part = path.with_suffix(".part")
     part.write_text("".join(kept))
     os.replace(part, path)
@@ -87,12 +87,11 @@ class StopSignal:
 def report(run: Path, evaluations: list[dict], needs_flag: bool) -> None:
     """Prints what the run has done, and how to use it. needs_flag: its model is a JinaBERT."""
     before, after = evaluations[0], evaluations[-1]
-    rows = dict(after["sources"])
+    rows = [(name, before["sources"][name], new) for name, new in after["sources"].items()]
     if after["mean"]:
-        rows["mean"] = after["mean"]
+        rows.append(("mean", before["mean"], after["mean"]))
     print(f"\n{'held-out: before -> after':30}{'targets':>8}{'recall@1':>18}{'nDCG@10':>18}")
-    for name, new in rows.items():
-        old = before["sources"].get(name, before["mean"])
+    for name, old, new in rows:
         print(f"{name:30}{new['targets']:8.0f}{old['recall@1']:9.3f} -> {new['recall@1']:.3f}"
               f"{old['ndcg@10']:9.3f} -> {new['ndcg@10']:.3f}")
     path, flag = run / "model", ", trust_remote_code=True" if needs_flag else ""
@@ -102,7 +101,7 @@ def report(run: Path, evaluations: list[dict], needs_flag: bool) -> None:
     print(line)
 
 
-def explain(error: Exception, args: argparse.Namespace | None, ranks: Ranks) -> int:
+def report_error(error: Exception, args: argparse.Namespace | None, ranks: Ranks) -> int:
     """Says in one line what went wrong -> the exit status: 2 for bad input or a full disk, 1 for
     what happened to the run. Raises the error again where it does not know it."""
     if isinstance(error, (FloatingPointError, OSError, ValueError)):

@@ -18,7 +18,7 @@ ALONE = Ranks(alone=True)
 
 def engine_of(layer):
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    return memory.OneProcess(layer, optimizer, 1.0, memory.LossScale(torch.float32))
+    return memory.Engine(layer, optimizer, 1.0, memory.LossScale(torch.float32))
 
 
 def trained():
@@ -152,17 +152,17 @@ def test_of_two_runs_that_begin_at_once_the_second_is_refused(tmp_path, monkeypa
     """Both have found the same free number."""
     monkeypatch.chdir(tmp_path)
     first, second = run.free_run(None), run.free_run(None)
-    run.begin_metrics(first, first=1)
+    run.begin(first, first=1)
     run.Metrics(first)(step=0)
     with pytest.raises(FileExistsError, match="runs/001/metrics.jsonl"):
-        run.begin_metrics(second, first=1)
+        run.begin(second, first=1)
     assert (first / "metrics.jsonl").read_text() == '{"step": 0}\n'
 
 
 def test_metrics_from_the_first_step_to_come_are_cut_off(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
-    run.begin_metrics(tmp_path, first=2)
+    run.begin(tmp_path, first=2)
     log = run.Metrics(tmp_path)
     log(step=2, evaluation={"x": 1})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [

@@ -44,7 +44,7 @@ def stage_3(e):
 def engine_of(encoder, keep=1, lr=0.1):
     optimizer = torch.optim.SGD(encoder.parameters(), lr)
     scaling = memory.LossScale(torch.float32)
-    return memory.OneProcess(encoder, optimizer, 0.0, scaling, keep_graphs=lambda _: keep)
+    return memory.Engine(encoder, optimizer, 0.0, scaling, graphs_to_keep=lambda _: keep)
 
 
 def pass_back(engine, micro_batches, loss_of, factor=1):
@@ -179,15 +179,16 @@ def step(count):
 engine = engine_of(PooledEncoder(JinaBertModel(JinaBertConfig(vocab_size=50, **SIZES["tiny"]))))
 device = torch.device("cpu")
 step(4)
-before = plan.held(device)
+before = plan.memory_held(device)
 for count in (8, 150):
-    plan.forget_peak(device)
+    plan.reset_peak(device)
     step(count)
-    print(plan.held(device, peak=True) - before)
+    print(plan.memory_held(device, peak=True) - before)
 """
 
 
-@pytest.mark.skipif(not plan.held(torch.device("cpu"), peak=True), reason="no /proc tells peaks")
+@pytest.mark.skipif(not plan.memory_held(torch.device("cpu"), peak=True),
+                    reason="no /proc tells peaks")
 def test_a_step_of_many_micro_batches_holds_hardly_more_than_one_of_few():
     """Of ever new shapes, 1,000 tokens each. What was freed lay in pieces before: 0.6 MB more of
     them for every micro-batch."""

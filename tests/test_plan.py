@@ -23,10 +23,10 @@ ARGS = dict(batch_size=1000, stage=2, negatives=0, max_length=100, micro_tokens=
 def planned(monkeypatch, graph, peak, **flags):
     """A plan with these bytes a token, in a process that holds 1 GB; 0 GB beyond it is free unless
     --memory says so. The machine is patched, for a test cannot choose it."""
-    monkeypatch.setattr(plan, "cost", lambda *_: (graph, peak))
-    monkeypatch.setattr(plan, "held", lambda *_, **__: 10**9)
-    monkeypatch.setattr(plan, "free", lambda *_: 0)
-    return plan.plan(small_encoder(), argparse.Namespace(**ARGS | flags), Ranks(alone=True))
+    monkeypatch.setattr(plan, "bytes_a_token", lambda *_: (graph, peak))
+    monkeypatch.setattr(plan, "memory_held", lambda *_, **__: 10**9)
+    monkeypatch.setattr(plan, "memory_free", lambda *_: 0)
+    return plan.make_plan(small_encoder(), argparse.Namespace(**ARGS | flags), Ranks(alone=True))
 
 
 def figure(found, words):
@@ -70,7 +70,7 @@ def test_no_more_is_kept_than_a_step_can_have(monkeypatch):
     assert planned(monkeypatch, 1e3, 2e3, memory=9, batch_size=2).keep_tokens > 2048
 
 
-def test_zero_3_keeps_no_graphs(monkeypatch):
+def test_zero_3_has_no_room_for_more_than_the_one_graph_that_is_always_kept(monkeypatch):
     assert planned(monkeypatch, 1e3, 2e3, memory=9, zero="3").keep_tokens == 0
 
 
@@ -117,7 +117,7 @@ def test_the_last_micro_batches_are_kept_as_far_as_there_is_room(room, least, ke
     """12, 10 and 4 tokens with padding: the last is always kept, the last two from 14 on, all from
     26 on. Where one counts for 11 at least, these are 22 and 34."""
     micro_batches = [(None, torch.zeros(shape), None) for shape in ((3, 4), (5, 2), (4, 1))]
-    assert plan.Plan(0, room, "", least=least).keep_graphs(micro_batches) == kept
+    assert plan.Plan(0, room, "", min_tokens=least).graphs_to_keep(micro_batches) == kept
 
 
 def test_what_a_token_costs_is_measured_and_nothing_is_left_of_it():
@@ -131,7 +131,7 @@ def test_what_a_token_costs_is_measured_and_nothing_is_left_of_it():
             memory.checkpoint_layers(encoder)
         allocator.sparse_gradients(encoder)
         torch.manual_seed(3)
-        graph, peak = plan.cost(encoder, 512, CPU)
+        graph, peak = plan.bytes_a_token(encoder, 512, CPU)
         assert peak >= graph and torch.equal(torch.rand(2), expected)
         assert all(not p.grad.any() for p in encoder.parameters())
         graphs.append(graph)

@@ -80,13 +80,13 @@ own = torch.tensor([[10.0 * r]], requires_grad=True)
 columns = ranks.gather(own)
 (columns * torch.tensor([[1.0], [2.0]]) * (r + 1)).sum().backward()
 try:
-    ranks.once(lambda: Path("/no/such/file").read_text())
+    ranks.on_rank_0(lambda: Path("/no/such/file").read_text())
     error = "nothing"
 except FileNotFoundError as caught:
     error = type(caught).__name__
 told = {"columns": columns.flatten().tolist(), "gradient": own.grad.item(),
-        "total": ranks.total(r, 1), "all": ranks.all("ab"[r]),
-        "once": ranks.once(lambda: f"from {r}"), "error": error}
+        "total": ranks.sum(r, 1), "all": ranks.gather_objects("ab"[r]),
+        "once": ranks.on_rank_0(lambda: f"from {r}"), "error": error}
 Path(f"rank{r}").write_text(json.dumps(told))
 ranks.leave()
 """
@@ -134,14 +134,14 @@ def build(alone, tmp_path):
         encoder = toy()
         scaling = memory.mixed_precision(encoder, dtype)
         optimizer = torch.optim.SGD(encoder.parameters(), lr=0.0)
-        engine = memory.engine(
+        engine = memory.make_engine(
             encoder, optimizer, 0.0, scaling, alone, None if zero is None else str(config))
         built.append(engine)
         return encoder, engine
 
     yield build
     for engine in built:
-        if isinstance(engine, memory.Zero):
+        if isinstance(engine, memory.ZeroEngine):
             engine.model.destroy()
 
 
