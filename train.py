@@ -159,8 +159,9 @@ def prepare(encoder: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: fl
     plan = make_plan(encoder, args, ranks)
     if plan.keep_tokens and ranks.device.type == "cpu":
         allocator.keep_freed_memory()
-    engine = memory.make_engine(encoder, optimizer, clip, scaling, ranks, args.zero,
-                           graphs_to_keep=plan.graphs_to_keep, release_memory=plan.release_memory)
+    engine = memory.make_engine(
+        encoder, optimizer, clip, scaling, ranks, args.zero,
+        graphs_to_keep=plan.graphs_to_keep, release_memory=plan.release_memory)
     name = str(dtype).removeprefix("torch.")
     ranks.print_rank0(f"{size:.1f} M parameters, {name} ({reason}), {engine}\n{plan.line}")
     return engine, plan
@@ -250,6 +251,7 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
         loss.backward()                                           # as far as the embeddings
         engine.backward(embeddings.grad)                          # pass 2: on into the parameters
         grad_norm = engine.step(lr)                               # nothing changes if not finite
+        del embeddings  # else the next pass 1 would hold both
 
         tokens = sum(int(m.attention_mask.sum()) for m in micro_batches)
         padded = sum(m.input_ids.numel() for m in micro_batches)
