@@ -240,11 +240,15 @@ class Engine:
         """One optimizer step, if the gradient is finite -> the gradient's norm before clipping."""
         parameters = self.parameters.values()
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip or math.inf).item()
-        self.optimizer.param_groups[0]["lr"] = lr
+        self._set_learning_rate(lr)
         if self.scaling.survives(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # sparse gradients need one to be added to
         return norm
+
+    def _set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def whole(self) -> contextlib.AbstractContextManager:
         """Inside, the encoder's parameters are whole on every rank."""
@@ -295,9 +299,9 @@ class ZeroEngine(Engine):
         self.model.backward(scalar)
 
     def step(self, lr: float) -> float:
-        self.optimizer.param_groups[0]["lr"] = lr
         if self.stage == 0:  # DeepSpeed has averaged the gradients; the rest is as in one process
             return super().step(lr)
+        self._set_learning_rate(lr)
         self.model.step()  # leaves the weights as they are where the gradient is not finite
         norm = float(self.model.get_global_grad_norm())
         self.scaling.survives(norm)

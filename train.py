@@ -173,7 +173,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * min(step / rising, (steps + 1 - step) / max(1, steps + 1 - rising))
 
 
-def step_loss(q: Tensor, p: Tensor, n: Tensor | None, tau: float, ranks: Ranks
+def step_loss(q: Tensor, p: Tensor, n: Tensor | None, tau: float | Tensor, ranks: Ranks
               ) -> tuple[Tensor, float]:
     """Equation (4) or, with negatives, (5), for this rank's rows against the columns of all ranks;
     and the in-batch accuracy of these rows. q, p (B, D), n (B, N, D) or None."""
