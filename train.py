@@ -199,19 +199,21 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
         manifest = ranks.rank_0_first(installed_docs.build)
     manifest = str(Path(manifest).resolve())  # as a resumed run will look for it
     sources = ranks.rank_0_first(lambda: data.load_sources(manifest))
+    if not args.check:  # which takes fewer rows
+        batches = data.SourceBatches(
+            sources, args.batch_size, args.seed, ranks.rank, ranks.world_size, args.negatives)
 
     # model (§5)
     encoder, tokenizer = open_model(args, resumed, sources, ranks)
     make_micro_batches = partial(data.make_micro_batches, tokenizer, max_length=args.max_length)
     make_micro_batches(["a text"], micro_tokens=args.max_length)  # raises for a bad --max-length
+    corpus = [(s.name, s.rate, len(s.train), s.fingerprint) for s in sources]
+    if not ranks.agree((corpus, sorted(tokenizer.get_vocab().items()))):
+        raise ValueError("the ranks see different corpora or tokenizers; they belong on a file "
+                         "system that all nodes share")
     if args.check:
         good = check_update(encoder, tokenizer, sources, args, ranks, prepare, step_loss)
         return 0 if good else 1
-    batches = data.SourceBatches(
-        sources, args.batch_size, args.seed, ranks.rank, ranks.world_size, args.negatives)
-    if not ranks.agree((batches.state_dict(), sorted(tokenizer.get_vocab().items()))):
-        raise ValueError("the ranks see different corpora or tokenizers; they belong on a file "
-                         "system that all nodes share")
 
     # memory (§5.3)
     peak, origin = peak_learning_rate(args, encoder.backbone.config.hidden_size)

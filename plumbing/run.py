@@ -87,7 +87,9 @@ class StopSignal:
 def report(run: Path, evaluations: list[dict], needs_flag: bool) -> None:
     """Prints what the run has done, and how to use it. needs_flag: its model is a JinaBERT."""
     before, after = evaluations[0], evaluations[-1]
-    rows = [(name, before["sources"][name], new) for name, new in after["sources"].items()]
+    # a source may have come to its eval file between a run and its resumption
+    rows = [(name, before["sources"].get(name, before["mean"]), new)
+            for name, new in after["sources"].items()]
     if after["mean"]:
         rows.append(("mean", before["mean"], after["mean"]))
     print(f"\n{'held-out: before -> after':30}{'targets':>8}{'recall@1':>18}{'nDCG@10':>18}")
