@@ -3,8 +3,8 @@
     pip install -r experiments/requirements.txt
     python -m experiments.curves runs/001          writes runs/001/curves.svg
 
-The run may still go on. A step's batch comes from one source (§5.1), and sources differ in how hard
-they are: each has one colour in both panels. The same metrics give the same bytes.
+The run may still go on. A step's batch comes from one source (§5.1), and sources differ in how
+hard they are: each has one colour in both panels. The same metrics give the same bytes.
 """
 
 import argparse
