@@ -27,10 +27,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertTokenizer
 
-from corpora.formats import Row, read_manifest, read_rows, records, text_hash
+from corpora.formats import Prompts, Row, read_manifest, read_rows, records, text_hash
 from corpora.index import is_among, line_number, open_index
 from plumbing.files import publish
 
+MAX_LENGTH = 128  # Ours: tokens of a text, where neither --max-length nor the model says less
 EVAL_TARGETS = 1000  # Ours: held-out targets of a source at most, and at most one in twenty
 EPOCHS_TRIED = 10  # Ours: how many rows of an epoch fit together depends on its order
 TOKENIZER_ROWS = 500_000  # Ours: more rows than this change a vocabulary of 30,000 very little
@@ -42,9 +43,11 @@ class Source:
     """A file of pairs with a name and a sampling rate. `hold_out` says what of it is trained on."""
 
     def __init__(self, name: str, path: Path, rate: float, kind: str, cache: Path,
-                 eval: Path | None = None, collection: Path | None = None):
+                 eval: Path | None = None, collection: Path | None = None,
+                 prompts: Prompts | None = None):
         self.name, self.path, self.rate, self.kind = name, path, rate, kind
         self.cache, self.eval, self.collection = cache, eval, collection
+        self.prompts = prompts  # the manifest's, until corpora/prompts.py has chosen
         opened = open_index(name, path, cache)
         self.index, self.negative_hashes, self.file, self.fingerprint = opened
         # what `hold_out` sets
@@ -112,13 +115,15 @@ class Batch:
     queries, all positives, all negatives row by row; equal texts are embedded once. Axis letters:
     B rows, N negatives of a row, M distinct texts, D width."""
 
-    def __init__(self, source: str, rows: list[Row], dropped: int, digest: str):
+    def __init__(self, source: str, rows: list[Row], dropped: int, digest: str,
+                 prompts: Prompts | None = None):
         self.source = source
         self.rows = rows  # this rank's slice of the global batch
         self.dropped = dropped  # rows that an epoch left over when it ended before this batch
         self.digest = digest  # of the ids of the global batch: equal for equal batches
-        texts = [row.query for row in rows] + [row.positive for row in rows]
-        texts += [text for row in rows for text in row.negatives]
+        query, document = prompts or Prompts()
+        texts = [query + row.query for row in rows] + [document + row.positive for row in rows]
+        texts += [document + text for row in rows for text in row.negatives]
         self.texts = list(dict.fromkeys(texts))  # M
         position = {text: i for i, text in enumerate(self.texts)}
         self.inverse = torch.tensor([position[text] for text in texts])  # (B + B + B N,)
@@ -182,7 +187,7 @@ class SourceBatches(Iterator):
                 for row_id, chosen in picked[self.slice]:
                     row = source.read(row_id)
                     rows.append(row._replace(negatives=[row.negatives[j] for j in chosen]))
-                return Batch(source.name, rows, dropped, f"{digest:016x}")
+                return Batch(source.name, rows, dropped, f"{digest:016x}", source.prompts)
             dropped += len(picked) + len(self.states[source.name]["waiting"])
             self._next_epoch(source)
         raise ValueError(f"source {source.name}: a whole epoch gives {len(picked)} rows that fit "
@@ -252,7 +257,8 @@ class SourceBatches(Iterator):
 
     def state_dict(self) -> dict:
         """JSON-able: the step, how far each source is, and what must be the same to go on."""
-        corpus = [[s.name, s.rate, len(s.train), s.fingerprint] for s in self.sources]
+        corpus = [[s.name, s.rate, len(s.train), s.fingerprint, *filter(any, [s.prompts or ""])]
+                  for s in self.sources]
         return {"seed": self.seed, "batch_size": self.batch_size, "negatives": self.negatives,
                 "corpus": corpus, "step": self.step,
                 "sources": {name: dict(state) for name, state in self.states.items()}}
@@ -319,7 +325,8 @@ def make_micro_batches(tokenizer, texts: list, max_length: int, micro_tokens: in
     ValueError for a `max_length` beyond the model's."""
     if not 3 <= max_length <= tokenizer.model_max_length:  # [CLS], one token, [SEP]
         raise ValueError(f"--max-length {max_length}: expected 3 to {tokenizer.model_max_length} "
-                         f"tokens for this model")
+                         f"tokens for this model (the least of what its tokenizer, its positions "
+                         f"and sentence_bert_config.json say)")
     ids = tokenizer(texts, truncation=True, max_length=max_length,
                     return_attention_mask=False)["input_ids"]
     micro_batches = []

@@ -40,6 +40,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -138,7 +139,7 @@ def use_plain_attention(encoder: nn.Module) -> None:
     with it, 343 without (AMX). Only where the T x T logits are small enough to be made."""
     config = getattr(getattr(encoder, "backbone", None), "config", None)
     fused = getattr(config, "_attn_implementation", None) == "sdpa"
-    if fused and config.max_position_embeddings <= 1024:
+    if fused and getattr(config, "max_position_embeddings", math.inf) <= 1024:
         encoder.backbone.set_attn_implementation("eager")
 
 
@@ -150,8 +151,8 @@ def checkpoint_layers(model: nn.Module) -> None:
     layer instead of all.
 
     model: a transformers model with a list of `config.num_hidden_layers` layers (BERT, MiniLM,
-    JinaBERT, ...), or a module with such a `backbone`. Raises ValueError where there is no such
-    list.
+    JinaBERT, ...; an encoder-decoder has two), or a module with such a `backbone`. Raises
+    ValueError where there is no such list.
     """
     backbone = getattr(model, "backbone", model)
     count = backbone.config.num_hidden_layers
@@ -159,7 +160,7 @@ def checkpoint_layers(model: nn.Module) -> None:
     if not lists:
         raise ValueError(
             f"--checkpoint-layers: {type(backbone).__name__} has no list of its {count} layers")
-    for layer in lists[0]:
+    for layer in chain.from_iterable(lists):
         layer.forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=True)
 
@@ -202,7 +203,7 @@ class Engine:
             for c, (index, input_ids, mask) in enumerate(self.micro_batches):
                 torch.manual_seed(self.seeds[c])  # the same dropout in both passes
                 with torch.set_grad_enabled(c >= first_kept):
-                    part = self.model(input_ids, mask)
+                    part = self.model(input_ids, mask)[: len(index)]
                 if embeddings is None:  # in one piece: many small ones would scatter the heap
                     texts = sum(len(m[0]) for m in self.micro_batches)
                     embeddings = torch.empty(texts, part.shape[1], device=device)
@@ -227,7 +228,7 @@ class Engine:
         part = self.graphs.pop(c, None)
         if part is None:
             torch.manual_seed(self.seeds[c])
-            part = self.model(input_ids, mask)
+            part = self.model(input_ids, mask)[: len(index)]
         self._back_propagate((part * gradient[index]).sum(), last=c == 0)
 
     def _count_kept_graphs(self, micro_batches: Sequence[MicroBatch]) -> int:
@@ -329,16 +330,21 @@ def import_deepspeed(device: torch.device):
 
 
 def equalise(micro_batches: Sequence[MicroBatch], count: int) -> list[MicroBatch]:
-    """`count` micro-batches, by halving the largest; of fewer texts than that, some are empty.
-    Every pass is a collective under ZeRO-2 and 3: a rank with fewer would keep others waiting."""
+    """`count` micro-batches, by halving the largest. Every pass is a collective under ZeRO-2 and 3:
+    a rank with fewer would keep others waiting. Where there are fewer texts than that, a text is
+    passed again that no index asks for, so that its gradient is 0: few backbones take no text."""
     micro_batches = list(micro_batches)
     while len(micro_batches) < count:
         sizes = [len(index) for index, _, _ in micro_batches]
         largest = sizes.index(max(sizes))
-        half = sizes[largest] // 2
-        whole = micro_batches[largest]
+        index, input_ids, mask = micro_batches[largest]
+        if len(index) < 2:
+            micro_batches.insert(0, (index[:0], input_ids[:1], mask[:1]))
+            continue
+        half = len(index) // 2
         micro_batches[largest : largest + 1] = [
-            tuple(x[:half] for x in whole), tuple(x[half:] for x in whole)]
+            (index[:half], input_ids[:half], mask[:half]),
+            (index[half:], input_ids[half:], mask[half:])]
     return micro_batches
 
 

@@ -4,15 +4,16 @@ pooling on top (§5).
     texts -> tokenizer -> JinaBertModel -> hidden (B, T, D) -> mean_pool -> a vector per text (B, D)
 
 Axis letters: B texts, T tokens, D width, H heads. Nothing here knows about losses, data or ranks.
-The file is self-contained: `save` puts a copy of it beside the weights, so that other tools can
-open them with `trust_remote_code=True`. Parameter names and config fields are those of the
-published checkpoints.
+`save` puts a copy of this file beside the weights, from which other tools take the classes
+(`trust_remote_code=True`); only `load` and `save` need the rest of the project. Parameter names and
+config fields are those of the published checkpoints.
 """
 
+import inspect
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +23,15 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedModel
+# PretrainedConfig: its name in transformers 4 too, which opens the copy as well
+from transformers import (AutoModel, AutoModelForTextEncoding, AutoTokenizer, BertConfig,
+                          PretrainedConfig, PreTrainedModel)
 from transformers.modeling_outputs import BaseModelOutput
+
+try:
+    from plumbing import model_directory, probe  # `load` and `save` need them
+except ImportError:
+    pass  # this is the copy beside some weights
 
 
 class JinaBertConfig(BertConfig):
@@ -57,6 +65,12 @@ SIZES = {
 LONG = 1024  # tokens; above it no tensor of H x T x T numbers is made, forward or backward
 
 
+def exporting() -> bool:
+    """Whether torch.export or jit.trace looks on: what is decided by numbers or lengths then would
+    be decided for good, by one sample."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def alibi_slopes(heads: int) -> list[float]:
     """Slopes 2^(-8 (h+1) / H), h = 0 .. H-1 (Press et al. 2022). When H is no power of two: those
     of the next lower power P, then every second one of 2P, until there are H."""
@@ -75,7 +89,7 @@ def alibi_bias(slopes: list[float], mask: Tensor, dtype: torch.dtype) -> Tensor:
     position = torch.arange(mask.shape[1], device=mask.device)
     distance = (position[:, None] - position[None, :]).abs()
     bias = (distance * -torch.tensor(slopes, device=mask.device)[:, None, None]).to(dtype)[None]
-    if mask.all():
+    if not exporting() and mask.all():
         return bias
     return bias.masked_fill(mask[:, None, None, :] == 0, torch.finfo(dtype).min)
 
@@ -123,7 +137,7 @@ def attention(slopes: list[float], mask: Tensor, dtype: torch.dtype) -> Callable
     """What every layer calls with its q, k, v, by length and device. mask (B, T), products in
     dtype. Raises ValueError where long texts on a CPU are padded elsewhere than on their right."""
     T, slope = mask.shape[1], torch.tensor(slopes, device=mask.device)
-    if T <= LONG:
+    if exporting() or T <= LONG:
         return partial(attend, bias=alibi_bias(slopes, mask, dtype))
     if mask.device.type == "cuda":
         # fullgraph: an error where it would go on uncompiled, with H x T x T logits
@@ -227,6 +241,9 @@ class JinaBertModel(PreTrainedModel):
         # transformers: weights from N(0, initializer_range), biases 0, LayerNorm 1 and 0
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 token_type_ids: Tensor | None = None, **_) -> BaseModelOutput:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -248,17 +265,51 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
+def cls_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Ours, as some published models do: the first token's embedding. Shapes as of `mean_pool`."""
+    first = mask.int().argmax(1)
+    return hidden[torch.arange(len(hidden)), first].float()
+
+
+def last_token_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Ours, as decoders do, whose last token alone has seen the others."""
+    last = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)
+    return hidden[torch.arange(len(hidden)), last].float()
+
+
+POOLING = {"mean": mean_pool, "cls": cls_pool, "lasttoken": last_token_pool}
+
+
 class PooledEncoder(nn.Module):
     """§5: a backbone and mean pooling, with no further trainable parameters. (input_ids,
-    attention_mask) -> (B, D)."""
+    attention_mask) -> (B, D).
 
-    def __init__(self, backbone: PreTrainedModel):
+    Ours, for other people's models: pooling is one of POOLING; head: what follows it, layers or a
+    norm; said: what else their directory says (plumbing/model_directory.py). prompts, by name: what
+    is put before texts; not here."""
+
+    def __init__(self, backbone: PreTrainedModel, pooling: str = "mean",
+                 head: Iterable[nn.Module] = (), said: "model_directory.Said | None" = None):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.pooling, self.head = backbone, pooling, nn.Sequential(*head)
+        self.said = said
+        self.prompts = dict(said.more.get("prompts", {})) if said else {}
+        # of no use to one pass, and a checkpointed layer would fill a decoder's cache twice
+        self.notes = []  # what `load` has to say of it, for people
+        caches = "use_cache" in inspect.signature(backbone.forward).parameters
+        self.options = {"use_cache": False} if caches else {}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return mean_pool(hidden, attention_mask)
+        hidden = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, **self.options).last_hidden_state
+        return self.head(POOLING[self.pooling](hidden, attention_mask))
+
+
+# Weights that are no part of an encoder: language-modelling heads, and buffers that old versions
+# saved. Any other unknown weight is part of what the model computes.
+HEADS = (r"^(\w+\.)?(cls|lm_head|mlm|vocab_\w+|generator_\w+|discriminator_\w+|head|decoder"
+         r"|lm_predictions|mask_predictions|pred_layer|predictions|pooler)\.")
+BUFFERS = r"(position_ids|inv_freq|masked_bias|attn\.bias)$"
 
 
 def create(size: str) -> PooledEncoder:
@@ -269,14 +320,15 @@ def create(size: str) -> PooledEncoder:
 def open_pretrained(name_or_path: str | Path, jina: type, auto: type, **fields
                     ) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, dict]:
     """Model, tokenizer and transformers' load report, by class `jina` if it is a JinaBERT, else by
-    class `auto` with these config fields. Raises OSError where there is no model; whether weights
-    are missing or unknown, `check_weights` says."""
+    class `auto` with these config fields. Raises OSError where there is no model, ValueError where
+    it is one that is not built here; whether weights are missing or unknown, `check_weights`
+    says."""
     name = str(name_or_path)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # `check_weights` says what its report does
     huggingface_hub.utils.logging.set_verbosity_error()  # a warning for every retry
     try:
-        config, _ = PreTrainedConfig.get_config_dict(name)
+        config, _ = PretrainedConfig.get_config_dict(name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # TypeError and KeyError too, for JSON of another shape
         reason = str(error).strip().split("\n")[0]
@@ -289,53 +341,93 @@ def open_pretrained(name_or_path: str | Path, jina: type, auto: type, **fields
         raise OSError(f"model {name}: no tokenizer there")
     if tokenizer.pad_token_id is None:
         raise ValueError(f"model {name}: its tokenizer has no padding token")
-    tokenizer.model_max_length = min(
-        tokenizer.model_max_length, config.get("max_position_embeddings", 1 << 30))
+    model_directory.check_tokenizer(name, tokenizer)
+    tokenizer.saved_class = model_directory.tokenizer_class(name)  # `write_pretrained` keeps it
+    is_jina = config.get("position_embedding_type") == "alibi"
+    if is_jina:
+        check_layout(name, config)
+        config.pop("attn_implementation", None)  # of the published code, the same numbers by either
+        fields = {"config": JinaBertConfig.from_dict(config)}
+    if auto is AutoModel and config.get("model_type") in ("t5", "mt5", "umt5"):
+        auto = AutoModelForTextEncoding  # without the decoder
     # fp32: the published files are in half precision. Mismatched sizes: else an error that names
     # no weight.
     options = dict(dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True,
                    trust_remote_code=False)
     try:
-        if config.get("position_embedding_type") == "alibi":
-            jina_config = JinaBertConfig.from_dict(config)
-            model, report = jina.from_pretrained(name, config=jina_config, **options)
-        else:
-            model, report = auto.from_pretrained(name, **options, **fields)
+        model, report = (jina if is_jina else auto).from_pretrained(name, **options, **fields)
     except Exception as error:  # a truncated file, no weights, an unknown architecture ...
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"model {name}: its weights do not open ({reason})") from error
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_text(model))
     return model, tokenizer, report  # from_pretrained leaves it in eval mode
 
 
-def check_weights(name: str | Path, model: PreTrainedModel, report: dict, spare: str) -> None:
-    """Raises ValueError where weights are missing, misshapen or (JinaBERT) unknown, unless the
-    regex `spare` finds them."""
-    kinds = ["missing_keys", "mismatched_keys"]
-    if isinstance(model.config, JinaBertConfig):
-        kinds.append("unexpected_keys")
-    wrong = [str(key) for kind in kinds for key in report[kind] if not re.search(spare, str(key))]
-    if wrong:
-        raise ValueError(f"model {name}: {len(wrong)} weights are missing, of another shape, or "
-                         f"unknown here, among them {min(wrong)}")
+def check_layout(name: str, config: dict) -> None:
+    """Raises ValueError for JinaBERTs of another layout than Table 1's: base-code, -de, -es, -zh
+    name other code."""
+    code, _, local = (config.get("auto_map") or {}).get("AutoModel", "").rpartition("--")
+    if code not in ("", "jinaai/jina-bert-implementation"):
+        raise ValueError(f"model {name}: its layout is that of {code}, which is not built here; "
+                         f"jinaai/jina-bert-implementation's is")
+    kind = config.get("feed_forward_type", "geglu")
+    if kind not in ("geglu", "reglu"):
+        raise ValueError(f'model {name}: feed_forward_type "{kind}" is not built here; geglu and '
+                         f'reglu are')
+
+
+def longest_text(backbone: PreTrainedModel) -> int:
+    """Tokens that its positions take. A table with a padding row begins behind it: RoBERTa's 514
+    rows take 512."""
+    for name, module in backbone.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None
+                                            else module.padding_idx + 1)
+    count = getattr(backbone.config, "max_position_embeddings", None) or 0
+    return count if count > 0 else 1 << 30
+
+
+def check_weights(name: str | Path, report: dict, spare: str) -> None:
+    """Raises ValueError where weights are missing, misshapen or unknown, unless the regex `spare`
+    finds them."""
+    for kind, what in (("missing_keys", "are missing"), ("mismatched_keys", "are of another shape"),
+                       ("unexpected_keys", "are unknown here, like the head of a reranker")):
+        wrong = [str(key) for key in report[kind] if not re.search(spare, str(key))]
+        if wrong:
+            raise ValueError(f"model {name}: {len(wrong)} weights {what}, among them {min(wrong)}")
 
 
 def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrainedTokenizerBase]:
-    """Opens a directory or a hub name: JinaBERT without remote code, or any encoder that AutoModel
-    opens; fp32 weights.
+    """Opens a directory or a hub name, with what it says of pooling, further layers, prompts and
+    lengths: JinaBERT without remote code, or any encoder that AutoModel opens; fp32 weights.
 
-    Raises OSError where there is no model, ValueError where weights are missing or unknown:
-    transformers would go on with random ones and a report. Its messages and bars are silenced for
-    the rest of the process.
+    Raises OSError where there is no model, ValueError where weights are missing or unknown, where
+    texts do not go through it, or where it says what is not built here: transformers would go on,
+    with random weights or without a word. Its messages and bars are silenced for the rest of the
+    process.
     """
-    backbone, tokenizer, report = open_pretrained(name_or_path, JinaBertModel, AutoModel)
-    if any(key.startswith("classifier.") for key in report["unexpected_keys"]):
-        raise ValueError(f"model {name_or_path}: has a classification head, which an encoder would "
-                         f"drop; give an encoder without one")
-    check_weights(name_or_path, backbone, report, spare=r"pooler\.")
-    if getattr(backbone, "pooler", None) is not None:
-        # BERT's own pooler plays no part in mean pooling, and stays as it came
-        backbone.pooler.requires_grad_(False)
-    return PooledEncoder(backbone).eval(), tokenizer
+    said = model_directory.read(str(name_or_path))
+    backbone, tokenizer, report = open_pretrained(said.encoder, JinaBertModel, AutoModel)
+    check_weights(name_or_path, report, spare=f"{HEADS}|{BUFFERS}")
+    pooling = said.pooling or backbone.config.to_dict().get("emb_pooler") or "mean"
+    if pooling not in POOLING:
+        raise ValueError(f'model {name_or_path}: emb_pooler "{pooling}" is not built here; '
+                         f'{", ".join(POOLING)} are')
+    encoder = PooledEncoder(backbone, pooling, said.head, said).eval()
+    if said.lower_case:
+        model_directory.make_lower_case(tokenizer)
+    if said.max_length:
+        tokenizer.model_max_length = min(said.max_length, longest_text(backbone))
+    tokenizer.padding_side = "right"  # as everything here pads
+    probe.try_texts(encoder, tokenizer, str(name_or_path))
+    left_out = {key.split(".")[0] for key in report["unexpected_keys"] if re.search(HEADS, key)}
+    if left_out:
+        encoder.notes.append(f"left out, as no part of an encoder: {', '.join(sorted(left_out))}")
+    frozen = {name.rpartition(".")[0] for name, p in encoder.named_parameters()
+              if not p.requires_grad}
+    if frozen:
+        encoder.notes.append(f"not trained, as no loss reaches it: {', '.join(sorted(frozen))}")
+    return encoder, tokenizer
 
 
 def write_pretrained(network: PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase,
@@ -349,6 +441,8 @@ def write_pretrained(network: PreTrainedModel, tokenizer: transformers.PreTraine
         # else tokenizer.json would cut everybody's texts at the last --max-length
         tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(directory)
+    model_directory.mend_tokenizer(directory, getattr(tokenizer, "saved_class", None))
+    model_directory.follow_umask(directory)
     if isinstance(network.config, JinaBertConfig):
         # transformers 5 leaves out every field that is at its default.
         config = network.config.to_dict() | fields
@@ -360,26 +454,22 @@ def write_pretrained(network: PreTrainedModel, tokenizer: transformers.PreTraine
 def save(encoder: PooledEncoder, tokenizer: transformers.PreTrainedTokenizerBase,
          directory: str | Path) -> None:
     """Writes what `load`, AutoTokenizer and sentence-transformers open: safetensors, tokenizer,
-    config.json, modules.json and 1_Pooling/config.json.
+    config.json, and modules.json with what it names.
 
     A JinaBERT also gets a copy of this file and an `auto_map`. Outside `load` such a directory
     needs trust_remote_code=True: without it transformers builds a plain BERT with *random* weights
     and only reports it.
     """
-    directory = Path(directory)
+    config = encoder.backbone.config
     # Text Embeddings Inference picks the architecture by `_name_or_path`; transformers 5 drops that
     # field, and writes its own class name.
     write_pretrained(
         encoder.backbone, tokenizer, directory,
         architectures=["JinaBertForMaskedLM"], _name_or_path="jinaai/jina-bert-implementation",
-        auto_map={"AutoConfig": "model.JinaBertConfig", "AutoModel": "model.JinaBertModel"})
-    pooling = {"word_embedding_dimension": encoder.backbone.config.hidden_size,
-               "pooling_mode_mean_tokens": True}
-    (directory / "1_Pooling").mkdir(exist_ok=True)
-    (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2) + "\n")
-    package = "sentence_transformers.models"
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": f"{package}.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{package}.Pooling"},
-    ]
-    (directory / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")
+        auto_map={"AutoConfig": "model.JinaBertConfig", "AutoModel": "model.JinaBertModel"},
+        emb_pooler=encoder.pooling,
+        # what others compute with, where we take feed_forward_type
+        hidden_act="relu" if getattr(config, "feed_forward_type", "") == "reglu" else "gelu")
+    model_directory.write(
+        Path(directory), config.hidden_size, encoder.pooling, encoder.head, encoder.prompts,
+        encoder.said, tokenizer.model_max_length)

@@ -26,12 +26,15 @@ import data
 import losses
 import memory
 import model
+from corpora.formats import prompts_of
+from corpora.prompts import check_prompts, choose_prompts, parse_prompts
 from evaluation import metrics
-from plumbing import allocator, checkpoint, run
+from plumbing import allocator, checkpoint, model_directory, run
 from plumbing.check import check_update
 from plumbing.files import publish
 from plumbing.flags import check_flags
 from plumbing.plan import Plan, make_plan
+from plumbing.probe import try_length
 from plumbing.ranks import Ranks
 
 VOCABULARY = 30522  # of a tokenizer trained here: BERT's number; JinaBERT rounds it up to 30,528
@@ -74,7 +77,12 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=4096,
         help="rows of the global batch (ours; jina-clip-v1 begins with 32,768)")
     add("--negatives", type=int, default=15, help="negatives per row in stage 3 (the paper's)")
-    add("--max-length", type=int, default=128, help="tokens per text in training (ours)")
+    add("--max-length", type=int,
+        help=f"tokens per text in training; unset: {data.MAX_LENGTH} (ours), or what the model "
+             f"takes if that is less")
+    add("--prompts", metavar="JSON",
+        help='{"query": "...", "document": "..."}, before every text; unset: the manifest\'s, or '
+             'else the model\'s')
     add = parser.add_argument_group("model.py (§5)").add_argument
     add("--model", default="tiny",
         help=f"directory, hub name, or {' | '.join(model.SIZES)}: random weights (tiny: ours)")
@@ -133,7 +141,9 @@ def open_model(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None,
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout) and args.dropout is not None:
             module.p = args.dropout
-    return encoder.to(ranks.device).train(), tokenizer
+    encoder.to(ranks.device)
+    args.max_length = args.max_length or min(data.MAX_LENGTH, tokenizer.model_max_length)
+    return encoder.train(), tokenizer
 
 
 def peak_learning_rate(args: argparse.Namespace, width: int) -> tuple[float, str]:
@@ -205,8 +215,15 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
 
     # model (§5)
     encoder, tokenizer = open_model(args, resumed, sources, ranks)
+    common, prompts_line = choose_prompts(
+        sources, parse_prompts(args.prompts), prompts_of(encoder.prompts))
+    ranks.on_rank_0(lambda: check_prompts(sources))
+    if common and any(common):  # saved with the model
+        encoder.prompts |= common._asdict()
+    ranks.print_rank0(f"{args.model}: {model_directory.describe(encoder)}; {prompts_line}")
     make_micro_batches = partial(data.make_micro_batches, tokenizer, max_length=args.max_length)
     make_micro_batches(["a text"], micro_tokens=args.max_length)  # raises for a bad --max-length
+    try_length(encoder, tokenizer, args.max_length)
     corpus = [(s.name, s.rate, len(s.train), s.fingerprint) for s in sources]
     if not ranks.agree((corpus, sorted(tokenizer.get_vocab().items()))):
         raise ValueError("the ranks see different corpora or tokenizers; they belong on a file "

@@ -23,7 +23,8 @@ LAYOUTS = {
     "DPR": ("question", "positive_ctxs", "hard_negative_ctxs"),
     "SNLI, MultiNLI": ("sentence1", "sentence2", None),
 }
-SOURCE_FIELDS = "name", "path", "rate", "kind", "eval", "collection"
+SOURCE_FIELDS = "name", "path", "rate", "kind", "eval", "collection", "prompts"
+DOCUMENT = "document", "passage", "corpus"  # sentence-transformers' names, the first that is there
 
 
 class Row(NamedTuple):
@@ -31,6 +32,24 @@ class Row(NamedTuple):
     positive: str
     negatives: list[str]
     id: int = -1  # its number in its source
+
+
+class Prompts(NamedTuple):
+    """What stands before a query and before a document when they are embedded, as "query: ". Texts
+    are told apart, and kept, without it."""
+    query: str = ""
+    document: str = ""
+
+
+def prompts_of(named: object) -> Prompts:
+    """Of {"query": ..., "document": ...} (or "passage", "corpus"); other names are for other tasks.
+    Raises ValueError."""
+    texts = isinstance(named, dict) and all(isinstance(x, str | None) for x in named.values())
+    if not texts:
+        raise ValueError(f'prompts: found {json.dumps(named)[:60]}, expected {{"query": text, '
+                         f'"document": text}}')
+    document = next((named[name] for name in DOCUMENT if named.get(name)), "")
+    return Prompts(named.get("query") or "", document)
 
 
 def text_hash(text: str) -> int:
@@ -127,7 +146,7 @@ def read_manifest(path: Path) -> list[dict]:
     data_config.json of sentence-transformers ({"name", "lines", "weight"}). Unless said, the path
     is the name, the rate is the weight or 1, and the kind is "retrieval"; "similarity" is for
     §5.2's random negatives. eval: a file of pairs to evaluate on; collection: a file whose
-    positives may become negatives too.
+    positives may become negatives too; prompts: {"query", "document"}, Prompts or None.
     Raises FileNotFoundError, and ValueError naming file, source and field."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such manifest")
@@ -143,11 +162,16 @@ def read_manifest(path: Path) -> list[dict]:
     entries = []
     for number, value in enumerate(values, 1):
         entry = {"name": None, "path": value.get("name"), "rate": value.get("weight", 1),
-                 "kind": "retrieval", "eval": None, "collection": None} | value
+                 "kind": "retrieval", "eval": None, "collection": None, "prompts": None} | value
         check_entry(entry, f"{path}, source {number}", [one["name"] for one in entries])
         entry["path"] = path.parent / entry["path"]
         for field in ("eval", "collection"):
             entry[field] = path.parent / entry[field] if entry[field] else None
+        if entry["prompts"] is not None:
+            try:
+                entry["prompts"] = prompts_of(entry["prompts"])
+            except ValueError as error:
+                raise ValueError(f"{path}, source {number}: {error}") from None
         entries.append({field: entry[field] for field in SOURCE_FIELDS})
     return entries
 

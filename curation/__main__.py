@@ -18,6 +18,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+import data
+from corpora.prompts import parse_prompts
 from curation import reranker
 from curation.filter import filter_pairs
 from curation.mine import EQUAL, mine
@@ -48,8 +50,12 @@ def add_common(add: Callable) -> None:
     add("--sources", metavar="MANIFEST",
         help="as train.py's; unset: the installed packages' documentation")
     add("--out", metavar="DIR", required=True, help="where the results go, whole or not at all")
-    add("--max-length", type=int, default=128,
-        help="tokens per text, and per query and passage together (ours)")
+    add("--max-length", type=int,
+        help=f"tokens per text, and per query and passage together; unset: {data.MAX_LENGTH} "
+             f"(ours), or what the bi-encoder takes if that is less")
+    add("--prompts", metavar="JSON",
+        help='{"query": "...", "document": "..."}, before every text that the bi-encoder embeds; '
+             'unset: the manifest\'s, or else the model\'s')
     add("--micro-tokens", type=int, default=16384,
         help="bound on the tokens of one forward pass, for memory only (ours)")
     add("--chunk", type=int, default=8192,
@@ -108,6 +114,7 @@ def check(args: argparse.Namespace) -> None:
     for name in AT_LEAST_1:
         if given.get(name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {given[name]}: expected 1 or more")
+    parse_prompts(args.prompts)
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: expected 0 or more")
     if not 0 <= given.get("margin", 0) < 1:

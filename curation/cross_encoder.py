@@ -16,11 +16,11 @@ from transformers import (AutoModelForSequenceClassification, PreTrainedModel,
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 try:  # beside the weights, where transformers makes a package of the two files
-    from .model import (JinaBertConfig, JinaBertModel, check_weights, mean_pool, open_pretrained,
-                        write_pretrained)
+    from .model import (BUFFERS, HEADS, JinaBertConfig, JinaBertModel, check_weights, mean_pool,
+                        open_pretrained, write_pretrained)
 except ImportError:
-    from model import (JinaBertConfig, JinaBertModel, check_weights, mean_pool, open_pretrained,
-                       write_pretrained)
+    from model import (BUFFERS, HEADS, JinaBertConfig, JinaBertModel, check_weights, mean_pool,
+                       open_pretrained, write_pretrained)
 
 
 class CrossEncoder(PreTrainedModel):
@@ -78,7 +78,7 @@ def load(
     backbone = network.base_model_prefix + "."
     head = {name for name, _ in network.named_parameters() if not name.startswith(backbone)}
     if new_head:
-        check_weights(name_or_path, network, report, "|".join([r"pooler\.", r"^cls\.", *head]))
+        check_weights(name_or_path, report, "|".join([HEADS, BUFFERS, *head]))
         return network, tokenizer
     if head & set(report["missing_keys"]):
         raise ValueError(f"model {name_or_path}: is an encoder without a classification head; "
@@ -87,7 +87,7 @@ def load(
     if network.config.num_labels != 1:
         raise ValueError(f"model {name_or_path}: its classification head has "
                          f"{network.config.num_labels} outputs; one logit is needed")
-    check_weights(name_or_path, network, report, "(?!)")  # matches nothing: every weight counts
+    check_weights(name_or_path, report, BUFFERS)  # every weight counts
     return network, tokenizer
 
 

@@ -33,7 +33,7 @@ def filter_pairs(args: argparse.Namespace) -> None:
     sources, entries = open_sources(args.sources)
     rows = draw(sources, args.rows, args.seed)
     pool = random_targets(sources, args.pool, args.top_k, args.seed)
-    embed = Embedder(args.model, args.max_length, args.micro_tokens, args.chunk)
+    embed = Embedder(args.model, sources, args)
     work = Work(args.out, identity(args, sources, embed.encoder))
     vectors = embed.chunks(work, "pool", pool)
     known = KnownPositives(with_collections(sources), pool)
@@ -75,7 +75,8 @@ def find_targets(
     (M,). The query's other positives and its own text do not count against it."""
     def positions(ids: np.ndarray) -> np.ndarray:
         read = [source.read(row) for row in ids]
-        q, p = embed([row.query for row in read]), embed([row.positive for row in read])
+        q = embed([row.query for row in read], source.prompts.query)
+        p = embed([row.positive for row in read], source.prompts.document)
         return search.positions(q, p, vectors, known.cells(source.index["query"][ids]))
 
     found = [np.empty(0, int)]

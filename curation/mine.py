@@ -55,7 +55,7 @@ def mine(args: argparse.Namespace) -> None:
     scores below the positive by --margin; where there are fewer, and for sources of kind
     "similarity", random ones."""
     sources, entries = open_sources(args.sources)
-    embed = Embedder(args.retriever, args.max_length, args.micro_tokens, args.chunk)
+    embed = Embedder(args.retriever, sources, args)
     work = Work(args.out, identity(args, sources, embed.encoder))
     rows = draw(sources, args.rows, args.seed)
     retrievers = {source.name: Retriever(source, sources, embed, work) for source in sources}

@@ -7,6 +7,7 @@ Nothing here knows which pairs or negatives are good ones. Axis letters: M queri
 D width.
 """
 
+import argparse
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +20,16 @@ from tqdm import tqdm
 
 import memory
 import model
+from corpora.formats import prompts_of
 from corpora.index import is_among
+from corpora.prompts import choose_prompts, parse_prompts, with_prompt
 from curation.sources import collection, with_collections
 from curation.work import Work
-from data import Source
+from data import MAX_LENGTH, Source
 from evaluation import search
 from evaluation.embed import embed
 from evaluation.search import Cells
+from plumbing import model_directory
 
 
 def device() -> torch.device:
@@ -85,6 +89,11 @@ class Pool:
         item = self.items[index]
         return row.positive if item < 0 else row.negatives[item]
 
+    def document(self, index: int) -> str:
+        """The text as it is embedded: with its source's prompt."""
+        source = self.parts[self.part[index]].source
+        return with_prompt(source.prompts.document, self.text(index))
+
     def find(self, hashes: np.ndarray) -> Cells:
         """Which of these hashes (M,) are in the pool, and at which indices."""
         index = np.searchsorted(self.hashes, hashes)
@@ -94,24 +103,33 @@ class Pool:
 
 
 class Embedder:
-    """A bi-encoder, in bf16 where that is fast. chunk: texts embedded and searched at a time."""
+    """A bi-encoder, in bf16 where that is fast. args: a command's; the sources get their prompts,
+    and an unset --max-length its value."""
 
-    def __init__(self, name: str, max_length: int, micro_tokens: int, chunk: int):
+    def __init__(self, name: str, sources: list[Source], args: argparse.Namespace):
         self.encoder, self.tokenizer = model.load(name)
         self.encoder.to(device())
-        self.max_length, self.micro_tokens, self.chunk = max_length, micro_tokens, chunk
+        if args.max_length is None:
+            args.max_length = min(MAX_LENGTH, self.tokenizer.model_max_length)
+        self.max_length, self.micro_tokens = args.max_length, args.micro_tokens
+        self.chunk = args.chunk  # texts embedded and searched at a time
+        own = prompts_of(self.encoder.prompts)
+        _, prompts_line = choose_prompts(
+            with_collections(sources), parse_prompts(args.prompts), own)
+        print(f"{name}: {model_directory.describe(self.encoder)}; {prompts_line}")
         memory.mixed_precision(self.encoder, memory.choose_precision("auto", device())[0])
 
-    def __call__(self, texts: list[str]) -> Tensor:
+    def __call__(self, texts: list[str], prompt: str = "") -> Tensor:
         """-> (M, D) of length 1."""
-        vectors = embed(self.encoder, self.tokenizer, texts, self.max_length, self.micro_tokens)
+        vectors = embed(
+            self.encoder, self.tokenizer, texts, self.max_length, self.micro_tokens, prompt)
         return F.normalize(vectors, dim=-1).to(device())
 
     def chunks(self, work: Work, name: str, pool: Pool) -> list[Path]:
         """The vectors of a pool, in files of `chunk` rows."""
         def embed_from(first: int) -> np.ndarray:
             last = min(first + self.chunk, len(pool))
-            return self([pool.text(index) for index in range(first, last)]).cpu().numpy()
+            return self([pool.document(index) for index in range(first, last)]).cpu().numpy()
 
         starts = range(0, len(pool), self.chunk)
         return [work.keep(f"{name}-{first}", partial(embed_from, first))
@@ -159,5 +177,5 @@ class Retriever:
 
     def nearest(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """-> indices in the pool (M, C) and cosines (M, C), as `search.nearest`."""
-        q = self.embed([self.source.read(row).query for row in rows])
+        q = self.embed([self.source.read(row).query for row in rows], self.source.prompts.query)
         return search.nearest(q, self.vectors, count, self.excluded(rows))

@@ -182,7 +182,8 @@ def held_out_pairs(
         number = {key: i for i, key in enumerate(targets)}
         rows, targets = source.held_out[:TRIED], list(targets.values())
         own = np.array([number[text_hash(row.positive)] for row in rows])
-        q, p = embed([row.query for row in rows]), embed(targets)
+        q = embed([row.query for row in rows], source.prompts.query)
+        p = embed(targets, source.prompts.document)
         count, each = min(candidates, len(targets) - 1), np.arange(len(rows))
         indices, cosines = search.nearest(q, [p.cpu().numpy()], count, (each, own))
         drawn = np.random.default_rng(seed).integers(count, size=len(rows))
@@ -245,7 +246,7 @@ def open_or_train(
 def make_cross_encoder(args: argparse.Namespace) -> None:
     """Trains a cross-encoder from an encoder, and says how well it ranks held-out pairs."""
     sources, _ = open_sources(args.sources)
-    embed = Embedder(args.retriever or args.model, args.max_length, args.micro_tokens, args.chunk)
+    embed = Embedder(args.retriever or args.model, sources, args)
     encoder, _ = model.load(args.model)
     work = Work(args.out, identity(args, sources, embed.encoder, encoder))
     retrieval = [source for source in sources if source.kind == "retrieval"]

@@ -38,7 +38,8 @@ def collection(source: data.Source) -> data.Source | None:
     if not source.collection:
         return None
     name = f"{source.name}, collection"
-    return data.Source(name, source.collection, 1, source.kind, source.cache)
+    return data.Source(name, source.collection, 1, source.kind, source.cache,
+                       prompts=source.prompts)
 
 
 def with_collections(sources: list[data.Source]) -> list[data.Source]:
@@ -49,7 +50,8 @@ def with_collections(sources: list[data.Source]) -> list[data.Source]:
 def identity(args: argparse.Namespace, sources: list[data.Source], *networks: nn.Module) -> dict:
     """What a command's work depends on: flags, texts and weights."""
     flags = {name: value for name, value in vars(args).items() if name not in FREE}
-    corpus = [[s.name, s.rate, s.kind, s.fingerprint] for s in with_collections(sources)]
+    corpus = [[s.name, s.rate, s.kind, s.fingerprint, list(s.prompts)]
+              for s in with_collections(sources)]
     held_out = text_hash(str(sorted(sources[0].held_out_hashes)))
     weights = [fingerprint(network) for network in networks]
     return {**flags, "corpus": corpus, "hold-out": held_out, "model": weights}

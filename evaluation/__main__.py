@@ -16,8 +16,10 @@ import torch
 
 import model
 from corpora.formats import read_lines, read_rows, text_of
+from corpora.prompts import describe_prompts, parse_prompts
 from evaluation.embed import MAX_LENGTH, MICRO_TOKENS
 from evaluation.metrics import clustering, retrieval, similarity
+from plumbing import model_directory
 
 KINDS = {"text": (str,), "a finite number": (int, float), "text or a whole number": (str, int)}
 SCORED = {"sentence1": "text", "sentence2": "text", "score": "a finite number"}
@@ -51,6 +53,7 @@ def parse_field(name: str, value: object, kind: str) -> str | int | float:
 def measure(args: argparse.Namespace) -> dict:
     """Reads the one file that is given, opens the model and measures it. Raises OSError or
     ValueError, one line each."""
+    given = parse_prompts(args.prompts)  # raises, before the model opens
     if "pairs" in args:
         path, rows, metrics_of = args.pairs, list(read_rows(args.pairs)), retrieval
     elif "scored" in args:
@@ -65,7 +68,10 @@ def measure(args: argparse.Namespace) -> dict:
                          f"or labels at least")
     encoder, tokenizer = model.load(args.model)
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-    found = metrics_of(encoder, tokenizer, rows, args.max_length, args.micro_tokens)
+    prompts = given or model_directory.own_prompts(encoder, one_sided="pairs" not in args)
+    line = describe_prompts(prompts, "--prompts" if given else "the model's")
+    print(f"{args.model}: {model_directory.describe(encoder)}; {line}", file=sys.stderr)
+    found = metrics_of(encoder, tokenizer, rows, args.max_length, args.micro_tokens, prompts)
     return {"model": args.model, "file": path, **found}
 
 
@@ -81,14 +87,17 @@ def main(argv: list[str] | None = None) -> None:
         help='similarity: lines {"sentence1", "sentence2", "score"} or lists of them')
     add("--labelled", **file, help='clustering: lines {"text", "label"} or lists of them')
     add = parser.add_argument
-    add("--max-length", type=int, default=MAX_LENGTH,
-        help="tokens of a text; ours: the paper's pre-training length, and the most that an "
-             "ordinary BERT takes. A JinaBERT takes any")
+    add("--max-length", type=int,
+        help=f"tokens of a text; unset: {MAX_LENGTH} (the paper's pre-training length), or what "
+             f"the model takes if that is less")
+    add("--prompts", metavar="JSON",
+        help='{"query": "...", "document": "..."}, before every text; of sentences and labelled '
+             'texts the query\'s; unset: the model\'s')
     add("--micro-tokens", type=int, default=MICRO_TOKENS,
         help="tokens of a forward pass; ours, for memory only")
     add("--seed", type=int, default=0, help="of k-means; ours")
     args = parser.parse_args(argv)
-    if args.max_length < 3 or args.micro_tokens < 1:
+    if (args.max_length or 3) < 3 or args.micro_tokens < 1:
         parser.error("--max-length is at least 3, [CLS], a token and [SEP], and --micro-tokens at "
                      "least 1")
     try:

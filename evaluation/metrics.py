@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corpora.formats import text_hash
+from corpora.formats import Prompts, text_hash
 from evaluation.embed import embed
 
 TIE = 1e-6  # cosines closer than this are equal: fp32 rounding moves them by some 1e-7
@@ -71,7 +71,8 @@ def in_batch_accuracy(q: Tensor, p: Tensor, first_row: int = 0) -> float:
     return recall_at(positions(q, p, answers), 1)
 
 
-def retrieval(encoder, tokenizer, pairs, max_length: int, micro_tokens: int) -> dict:
+def retrieval(encoder, tokenizer, pairs, max_length: int | None, micro_tokens: int,
+              prompts: Prompts | None = None) -> dict:
     """Search for the positive of every query among the positives of all. pairs: rows with .query
     and .positive.
 
@@ -82,8 +83,9 @@ def retrieval(encoder, tokenizer, pairs, max_length: int, micro_tokens: int) -> 
     hashes = np.array([text_hash(pair.positive) for pair in pairs], "u8")
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     queries, targets = [pair.query for pair in pairs], [pairs[i].positive for i in first]
-    q = embed(encoder, tokenizer, queries, max_length, micro_tokens)
-    t = embed(encoder, tokenizer, targets, max_length, micro_tokens)
+    query, document = prompts or Prompts()
+    q = embed(encoder, tokenizer, queries, max_length, micro_tokens, query)
+    t = embed(encoder, tokenizer, targets, max_length, micro_tokens, document)
     found = positions(q, t, torch.from_numpy(inverse))
     return {"recall@1": recall_at(found, 1), "recall@10": recall_at(found, 10),
             "mrr": mean_reciprocal_rank(found), "ndcg@10": ndcg_at_10(found), "targets": len(t)}
@@ -92,7 +94,7 @@ def retrieval(encoder, tokenizer, pairs, max_length: int, micro_tokens: int) -> 
 def held_out_retrieval(encoder, tokenizer, sources, max_length: int, micro_tokens: int) -> dict:
     """{"mean": metrics, "sources": {name: metrics}} of `retrieval` among each source's held-out
     pairs."""
-    scores = {s.name: retrieval(encoder, tokenizer, s.held_out, max_length, micro_tokens)
+    scores = {s.name: retrieval(encoder, tokenizer, s.held_out, max_length, micro_tokens, s.prompts)
               for s in sources if s.held_out}
     names = next(iter(scores.values()), {})
     mean = {name: sum(s[name] for s in scores.values()) / len(scores) for name in names}
@@ -117,11 +119,14 @@ def spearman(a, b) -> float:
     return float(a @ b / norm) if norm else 0.0
 
 
-def similarity(encoder, tokenizer, scored, max_length: int, micro_tokens: int) -> dict:
-    """Spearman's correlation of cosine and score. scored: (sentence1, sentence2, score) tuples."""
+def similarity(encoder, tokenizer, scored, max_length: int, micro_tokens: int,
+               prompts: Prompts | None = None) -> dict:
+    """Spearman's correlation of cosine and score. scored: (sentence1, sentence2, score) tuples,
+    both sentences with the query's prompt."""
     first, second, score = map(list, zip(*scored))
-    a = embed(encoder, tokenizer, first, max_length, micro_tokens)
-    b = embed(encoder, tokenizer, second, max_length, micro_tokens)
+    prompt = (prompts or Prompts()).query
+    a = embed(encoder, tokenizer, first, max_length, micro_tokens, prompt)
+    b = embed(encoder, tokenizer, second, max_length, micro_tokens, prompt)
     cosine = F.cosine_similarity(a, b).numpy().round(6)  # as TIE: rounding must not make an order
     return {"spearman": spearman(cosine, score), "sentence_pairs": len(score)}
 
@@ -191,10 +196,11 @@ def lloyd(x: Tensor, centres: Tensor) -> tuple[float, Tensor]:
     return distance.square().sum().item(), clusters
 
 
-def clustering(encoder, tokenizer, labelled, max_length: int, micro_tokens: int, seed: int) -> dict:
+def clustering(encoder, tokenizer, labelled, max_length: int, micro_tokens: int,
+               prompts: Prompts | None = None, seed: int = 0) -> dict:
     """V-measure of k-means with as many clusters as labels, on unit vectors. labelled: (text,
     label) tuples."""
     texts, labels = map(list, zip(*labelled))
-    k = len(set(labels))
-    x = F.normalize(embed(encoder, tokenizer, texts, max_length, micro_tokens), dim=-1)
+    k, prompt = len(set(labels)), (prompts or Prompts()).query
+    x = F.normalize(embed(encoder, tokenizer, texts, max_length, micro_tokens, prompt), dim=-1)
     return {"v_measure": v_measure(labels, k_means(x, k, seed)), "texts": len(texts), "labels": k}

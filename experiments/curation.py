@@ -148,7 +148,9 @@ def copies(args: argparse.Namespace, sources: list[data.Source], directory: Path
 def nearest(manifest: Path, args: argparse.Namespace, directory: Path) -> list[set[str]]:
     """The 15 that the retriever finds for each row: what there would be without a cross-encoder."""
     sources = data.load_sources(manifest)
-    embed = Embedder(args.model, args.max_length, micro_tokens=16384, chunk=8192)
+    flags = argparse.Namespace(
+        max_length=args.max_length, micro_tokens=16384, chunk=8192, prompts=None)
+    embed = Embedder(args.model, sources, flags)
     work, found = Work(str(directory / "nearest"), {}), []
     for source in sources:
         retriever = Retriever(source, sources, embed, work)

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import torch
 
+import data
 import memory
 import model
+from corpora.prompts import parse_prompts
 
 
 def check_flags(args: argparse.Namespace, device: torch.device) -> None:
     """Raises ValueError for what cannot work, before anything is built."""
-    above_0 = ("batch_size", "memory", "steps", "save_every", "eval_every", "tau", "lr")
+    above_0 = ("batch_size", "max_length", "memory", "steps", "save_every", "eval_every", "tau",
+               "lr")
     at_least_0 = ("seed", "weight_decay", "clip")
     shares = ("dropout", "warmup")
     for flag in (*above_0, *at_least_0, *shares):
@@ -33,9 +36,11 @@ def check_flags(args: argparse.Namespace, device: torch.device) -> None:
     if args.stage == 3 and not args.sources:
         raise ValueError("--stage 3: the default sources have no negatives; `python -m curation "
                          "mine` makes some, for --sources")
-    memory.choose_precision(args.precision, device)  # raises; so does the next
+    memory.choose_precision(args.precision, device)  # raises; so do the next ones
     if args.zero is not None:
         memory.read_zero(args.zero)
-    if args.micro_tokens != "auto" and args.micro_tokens < args.max_length:
-        raise ValueError(f"--micro-tokens {args.micro_tokens} is less than one text of "
-                         f"--max-length {args.max_length}")
+    parse_prompts(args.prompts)
+    longest = args.max_length or data.MAX_LENGTH
+    if args.micro_tokens != "auto" and args.micro_tokens < longest:
+        raise ValueError(f"--micro-tokens {args.micro_tokens} is less than one text of {longest} "
+                         f"tokens; raise it, or give a lower --max-length")

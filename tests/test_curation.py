@@ -25,7 +25,7 @@ import transformers
 import data
 import model
 import train
-from corpora.formats import Row, text_hash
+from corpora.formats import Prompts, Row, text_hash
 from curation import cross_encoder, mine, reranker
 from curation.__main__ import main
 from curation.pool import Embedder
@@ -155,7 +155,7 @@ def plane(folder, monkeypatch):
     pairs of every call of the cross-encoder, and .meanwhile(), what happens during each."""
     calls = SimpleNamespace(embedded=[], scored=[], meanwhile=lambda: None)
 
-    def embed(self, texts):
+    def embed(self, texts, prompt=""):
         calls.embedded.append(texts)
         calls.meanwhile()
         return in_the_plane(texts)
@@ -485,8 +485,9 @@ def test_a_held_out_positive_is_tried_against_a_near_target_and_so_is_the_retrie
     from the query. So 12 are ranked rightly."""
     rows = [Row(f"q{i} {18 * i - (8 if i >= 12 else 0)}", f"p{i} {18 * i + 4}", [])
             for i in range(20)]
-    source = SimpleNamespace(held_out=rows)
-    pairs, right = reranker.held_out_pairs([source], in_the_plane, candidates=1, seed=0)
+    source = SimpleNamespace(held_out=rows, prompts=Prompts())
+    pairs, right = reranker.held_out_pairs(
+        [source], lambda texts, prompt: in_the_plane(texts), candidates=1, seed=0)
     assert pairs == [(rows[i].query, rows[j].positive) for i in range(20) for j in (i, i - 1)]
     assert right == 12
 
@@ -735,7 +736,7 @@ def test_a_cross_encoder_is_trained_on_rows_that_are_not_mined_or_says_so(
     ("mine", ["--cross-encoder", "toy"], "model toy: is an encoder without a classification head"),
     ("mine", ["--cross-encoder", "./none"], "model ./none: neither a directory"),
     ("mine", ["--retriever", "./none"], "model ./none: neither a directory"),
-    ("mine", ["--retriever", "reranker"], "model reranker: has a classification head"),
+    ("mine", ["--retriever", "reranker"], "model reranker: 2 weights are unknown here"),
     ("cross-encoder", ["--sources", "similar.json"], 'no source is of kind "retrieval"'),
     ("mine", ["--sources", "none.json"], "none.json: no such manifest"),
     ("filter", ["--sources", "bad.json"], 'bad.jsonl, line 5: field "neg": found 7'),

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertModel, BertTokenizer
 
 import model
+from tests.conftest import ROOT
 
 WORDS = ("[PAD] [UNK] [CLS] [SEP] [MASK] the weather in berlin is cold and long text about nothing "
          "at all").split()
@@ -395,7 +396,8 @@ def test_a_saved_config_has_the_published_fields_and_nothing_is_pickled(tmp_path
     files = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     assert files == {
         "config.json", "model.safetensors", "model.py", "tokenizer.json", "tokenizer_config.json",
-        "modules.json", "1_Pooling/config.json"}
+        "modules.json", "1_Pooling/config.json", "sentence_bert_config.json",
+        "config_sentence_transformers.json"}
 
 
 def test_saving_leaves_the_encoder_as_it_was(tmp_path):
@@ -517,11 +519,12 @@ def test_plain_bert_opens_trains_and_saves_with_its_pooler_as_it_was(tmp_path):
     assert not (tmp_path / "again" / "model.py").exists()
 
 
-# what others open: in a process of its own, which finds model.py only beside the weights
+# what others open: in a process of its own
 
-def elsewhere(tmp_path, code, *arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+def elsewhere(tmp_path, code, *arguments, path=""):
+    """It finds model.py only beside the weights, unless `path` says where else."""
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1",
+                                "HF_MODULES_CACHE": str(tmp_path / "modules")}
     code = "import sys, json, torch\nTEXTS = json.loads(sys.argv[1])\n" + code
     command = [sys.executable, "-c", code, json.dumps(TEXTS), *map(str, arguments)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -530,14 +533,15 @@ def elsewhere(tmp_path, code, *arguments):
 
 
 def test_a_saved_directory_is_a_place_to_work_in(saved, tmp_path):
-    """`import model` takes the copy there, and save would copy it onto itself."""
+    """`import model` takes the copy there, before the project's, and save would copy it onto
+    itself."""
     encoder, directory = saved
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     assert elsewhere(tmp_path, """
 import model
 model.save(*model.load("."), ".")
 torch.save(model.__file__, "out.pt")
-""") == str(tmp_path / "model.py")
+""", path=str(ROOT)) == str(tmp_path / "model.py")
     assert (tmp_path / "model.py").read_text() == (directory / "model.py").read_text()
     assert torch.equal(embed(*model.load(tmp_path)), embed(*model.load(directory)))
 

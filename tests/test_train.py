@@ -185,6 +185,7 @@ def test_running_out_of_memory_says_what_to_lower(folder, capsys):
     """A real allocation fails: what a text of 10^15 tokens costs is measured, which a model without
     a limit lets pass."""
     for file, limit in (("tokenizer_config.json", "model_max_length"),
+                        ("sentence_bert_config.json", "max_seq_length"),
                         ("config.json", "max_position_embeddings")):
         path = folder / "toy" / file
         path.write_text(json.dumps(json.loads(path.read_text()) | {limit: 10**30}))
@@ -201,7 +202,7 @@ def test_running_out_of_memory_says_what_to_lower(folder, capsys):
     (["--batch-size", "64"], "source left: 57 usable pairs"),
     (["--batch-size", "0"], "--batch-size 0"),
     (["--tau", "-1"], "--tau -1.0"),
-    (["--micro-tokens", "64"], "--micro-tokens 64 is less than one text of --max-length 128"),
+    (["--micro-tokens", "64"], "--micro-tokens 64 is less than one text of 128 tokens"),
     (["--max-length", "9000", "--micro-tokens", "9000"], "--max-length 9000: expected 3 to 8192"),
     (["--max-length", "2"], "--max-length 2: expected 3 to 8192"),
     (["--lr", "0"], "--lr 0.0"),

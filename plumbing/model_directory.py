@@ -1,0 +1,301 @@
+"""What a model's directory says beyond its weights, in sentence-transformers' files.
+
+    modules.json                       the modules in order: encoder, pooling, Dense, Normalize
+    1_Pooling/config.json              mean, cls or lasttoken
+    2_Dense                            a layer after the pooling
+    config_sentence_transformers.json  prompts, similarity
+    sentence_bert_config.json          the longest text, lower case
+
+What changes a vector is used or refused by name; the rest is carried over to the next save. Nothing
+here knows the backbone, or how it is trained.
+"""
+
+import json
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, normalizers
+from torch import Tensor, nn
+
+from corpora.formats import Prompts, prompts_of
+
+POOLING = {  # sentence-transformers' fields of 1_Pooling, before its version 6 and since
+    "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "lasttoken", "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean"}
+KNOWN_POOLING = "mean", "cls", "lasttoken"
+# what these files say of an ordinary encoder of texts; another value changes what it computes
+POOLING_FIELDS = {"word_embedding_dimension": ..., "embedding_dimension": ..., "pooling_mode": ...,
+                  "include_prompt": True, **dict.fromkeys(POOLING, ...)}
+AFTER_FIELDS = {"in_features": ..., "out_features": ..., "bias": ..., "activation_function": ...,
+                "module_input_name": "sentence_embedding",
+                "module_output_name": "sentence_embedding", "use_residual": False}
+TRANSFORMER_FIELDS = {
+    "max_seq_length": ..., "do_lower_case": ..., "unpad_inputs": ..., "model_args": {},
+    "tokenizer_args": {}, "config_args": {}, "processing_kwargs": {}, "query_length": None,
+    "document_length": None, "query_expansion": None, "transformer_task": "feature-extraction",
+    "module_output_name": "token_embeddings",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}}
+# scripts, accents, digits, white space: hardly read alike by two tokenizers
+PROBE = "Ein Häuschen\tam See, 42.7 %: 你好，世界 привет don't re-read_it ÉTÉ"
+
+
+class Said(NamedTuple):
+    """What a directory says; a bare encoder says nothing."""
+
+    encoder: str  # folder or hub name of the encoder's own files
+    pooling: str | None = None
+    head: tuple[nn.Module, ...] = ()  # what follows the pooling
+    max_length: int | None = None
+    lower_case: bool = False
+    similarity: str = "cosine"
+    more: dict = {}  # all of config_sentence_transformers.json
+
+
+class Dense(nn.Sequential):
+    """A linear layer and what it is passed through."""
+
+    def __init__(self, linear: nn.Linear, activation: nn.Module):
+        super().__init__(OrderedDict(linear=linear, activation_function=activation))
+
+
+class Normalize(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1)
+
+
+# reading
+
+def fetch(name: str) -> Path:
+    """The directory, or of a hub name the local folder that has all its files but the weights.
+    Raises OSError."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=[
+            "*.json", "*.txt", "*.model", "*.jinja", "[0-9]_*/*"]))
+    except Exception as error:  # no such name, no network, not even a name
+        raise OSError(f"model {name}: neither a directory nor a name that the hub gave us "
+                      f"({str(error).strip().splitlines()[0]})") from error
+
+
+def read_json(path: Path) -> dict | list | None:
+    """None where there is no file. Raises ValueError naming it."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def check_fields(path: Path, found: dict, known: dict) -> None:
+    """Raises ValueError for a field that is not known, or has another value than the known one
+    (...: any)."""
+    for field, value in found.items():
+        if field not in known:
+            raise ValueError(f'{path}: field "{field}" is unknown here; remove it if it changes no '
+                             f'vector')
+        if known[field] is not ... and value != known[field]:
+            raise ValueError(f'{path}: field "{field}": found {json.dumps(value)}, only '
+                             f'{json.dumps(known[field])} is known here')
+
+
+def read(name: str) -> Said:
+    """What the directory, or hub name, says. Raises OSError where it is none, and ValueError, one
+    line each, where it says what is not known here."""
+    root = fetch(name)
+    if (root / "adapter_config.json").is_file():
+        raise ValueError(f"model {name}: a LoRA adapter; merge it into its model "
+                         f"(merge_and_unload of peft) and give that")
+    modules = read_json(root / "modules.json")
+    if modules is None:
+        return Said(name)
+    try:
+        kinds = [one["type"] for one in modules]
+        folders = [root / one["path"] for one in modules]
+    except (TypeError, KeyError):
+        raise ValueError(f"{root / 'modules.json'}: expected a list of modules, each with a type "
+                         f"and a path") from None
+    own = [kind for kind in kinds if not kind.startswith("sentence_transformers.")]
+    if own:
+        raise ValueError(f"model {name}: its module {own[0]} is code of its own, which is not run "
+                         f"here")
+    kinds = [kind.rpartition(".")[2] for kind in kinds]
+    if kinds[:2] != ["Transformer", "Pooling"] or {*kinds[2:]} - {"Dense", "Normalize"}:
+        raise ValueError(f"model {name}: its modules are {', '.join(kinds)}; known are Transformer "
+                         f"and Pooling, and after these Dense and Normalize")
+    more = read_json(root / "config_sentence_transformers.json") or {}
+    if more.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+        raise ValueError(f"model {name}: is a {more['model_type']}, not a SentenceTransformer")
+    head = tuple(read_after(kind, folder) for kind, folder in zip(kinds[2:], folders[2:]))
+    length, lower_case = read_transformer(folders[0])
+    encoder = name if folders[0] == root else str(folders[0])
+    return Said(encoder, read_pooling(folders[1] / "config.json"), head, length, lower_case,
+                more.get("similarity_fn_name") or "cosine", more)
+
+
+def read_pooling(path: Path) -> str:
+    config = read_json(path)
+    if not config:
+        raise ValueError(f"{path}: no such file, or it is empty")
+    found = config.get("pooling_mode") or [mode for field, mode in POOLING.items()
+                                           if config.get(field)] or "mean"
+    modes = [found] if isinstance(found, str) else found
+    if len(modes) > 1 or modes[0] not in KNOWN_POOLING:
+        raise ValueError(f"{path}: pooling by {' and '.join(modes)}; one of "
+                         f"{', '.join(KNOWN_POOLING)} is known here")
+    check_fields(path, config, POOLING_FIELDS)
+    return modes[0]
+
+
+def read_after(kind: str, folder: Path) -> nn.Module:
+    """A Dense or Normalize."""
+    path = folder / "config.json"
+    config = read_json(path) or {}
+    check_fields(path, config, AFTER_FIELDS)
+    if kind == "Normalize":
+        return Normalize()
+    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    made = getattr(nn, activation.rpartition(".")[2], None)
+    if made is None or not activation.startswith("torch.nn."):
+        raise ValueError(f'{path}: field "activation_function": found {activation}, expected one '
+                         f'of torch.nn')
+    try:
+        dense = Dense(nn.Linear(config["in_features"], config["out_features"],
+                                config.get("bias", True)), made())
+        if (folder / "model.safetensors").is_file():
+            weights = load_file(folder / "model.safetensors")
+        else:
+            weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+        dense.load_state_dict(weights)
+    except Exception as error:  # a field, the file, or a weight is missing or of another shape
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder}: this layer does not open ({reason})") from error
+    return dense
+
+
+def read_transformer(folder: Path) -> tuple[int | None, bool]:
+    """The longest text in tokens, if said, and whether texts are made lower case."""
+    for path in folder.glob("sentence_*_config.json"):  # bert, and of old also roberta ...
+        config = read_json(path)
+        check_fields(path, config, TRANSFORMER_FIELDS)
+        return config.get("max_seq_length"), config.get("do_lower_case", False)
+    return None, False
+
+
+# the tokenizer
+
+def check_tokenizer(name: str, tokenizer) -> None:
+    """Raises ValueError where transformers has built another tokenizer than tokenizer.json says."""
+    path = fetch(name) / "tokenizer.json"
+    if not path.is_file():
+        return
+    own = Tokenizer.from_file(str(path))
+    own.no_truncation()
+    expected = own.encode(PROBE, add_special_tokens=False).ids
+    if tokenizer(PROBE, add_special_tokens=False)["input_ids"] != expected:
+        raise ValueError(f"model {name}: transformers {tokenizer_class(name) or ''} reads a text "
+                         f"otherwise than its tokenizer.json says, so its vectors would be wrong")
+
+
+def tokenizer_class(name: str) -> str | None:
+    """As the directory names it."""
+    return (read_json(fetch(name) / "tokenizer_config.json") or {}).get("tokenizer_class")
+
+
+def make_lower_case(tokenizer) -> None:
+    backend = tokenizer.backend_tokenizer
+    others = [backend.normalizer] if backend.normalizer else []
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
+
+
+def describe(encoder: nn.Module) -> str:
+    """A line on what is not the paper's, and whose it is."""
+    said = encoder.said or Said("")
+    parts = [f"{encoder.pooling} pooling ({'the model' if said.pooling else 'the paper'}'s)"]
+    for module in encoder.head:
+        if isinstance(module, Dense):
+            parts.append(f"Dense {module.linear.in_features} -> {module.linear.out_features}, "
+                         f"trained too, which the paper does without")
+        else:
+            parts.append("Normalize")
+    if said.similarity != "cosine":
+        parts.append(f"similarity {said.similarity}, kept for others, while the loss takes cosines")
+    parts += encoder.notes
+    return "; ".join(parts)
+
+
+def own_prompts(encoder: nn.Module, one_sided: bool) -> Prompts:
+    """The model's. one_sided: for texts that are neither queries nor documents, the prompt that
+    sentence-transformers' `encode` puts before them, by default none."""
+    if not one_sided:
+        return prompts_of(encoder.prompts)
+    said = encoder.said or Said("")
+    prompt = encoder.prompts.get(said.more.get("default_prompt_name") or "", "")
+    return Prompts(prompt, prompt)
+
+
+# writing
+
+def write(directory: Path, width: int, pooling: str, head: nn.Sequential, prompts: dict[str, str],
+          said: Said | None, max_length: int) -> None:
+    """modules.json and what it names, beside an encoder that is written already. Every field is
+    there, for other readers than sentence-transformers have no defaults."""
+    said = said or Said("")
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    modules += [(f"{i}_{type(one).__name__}", type(one).__name__) for i, one in enumerate(head, 2)]
+    write_json(directory / "modules.json", [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(modules)])
+    for path, _ in modules[1:]:
+        (directory / path).mkdir(exist_ok=True)
+    write_json(directory / "1_Pooling" / "config.json", {
+        "word_embedding_dimension": width,
+        **{field: mode == pooling for field, mode in POOLING.items()}, "include_prompt": True})
+    for (path, _), module in zip(modules[2:], head):
+        if isinstance(module, Dense):
+            linear, activation = module
+            kind = type(activation)
+            write_json(directory / path / "config.json", {
+                "in_features": linear.in_features, "out_features": linear.out_features,
+                "bias": linear.bias is not None,
+                "activation_function": f"{kind.__module__}.{kind.__name__}"})
+            weights = {name: x.contiguous() for name, x in module.state_dict().items()}
+            save_file(weights, directory / path / "model.safetensors", {"format": "pt"})
+    # without a limit: what a strict reader takes for none
+    length = max_length if max_length < 1 << 30 else 1 << 30
+    write_json(directory / "sentence_bert_config.json",
+               {"max_seq_length": length, "do_lower_case": said.lower_case})
+    write_json(directory / "config_sentence_transformers.json", said.more | {
+        "prompts": prompts, "default_prompt_name": said.more.get("default_prompt_name"),
+        "similarity_fn_name": said.similarity})
+
+
+def mend_tokenizer(directory: Path, name: str | None) -> None:
+    """The class that the tokenizer came with: transformers 4 does not know the one that version 5
+    writes. And the side on which to pad."""
+    path = directory / "tokenizer_config.json"
+    config = read_json(path)
+    name = name or config["tokenizer_class"]
+    config["tokenizer_class"] = "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
+    write_json(path, config | {"padding_side": "right"})
+
+
+def write_json(path: Path, value: dict | list) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def follow_umask(directory: Path) -> None:
+    """safetensors writes files that their owner alone can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in directory.rglob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
