@@ -294,8 +294,8 @@ class PooledEncoder(nn.Module):
         self.backbone, self.pooling, self.head = backbone, pooling, nn.Sequential(*head)
         self.said = said
         self.prompts = dict(said.more.get("prompts", {})) if said else {}
-        # of no use to one pass, and a checkpointed layer would fill a decoder's cache twice
         self.notes = []  # what `load` has to say of it, for people
+        # of no use to one pass, and a checkpointed layer would fill a decoder's cache twice
         caches = "use_cache" in inspect.signature(backbone.forward).parameters
         self.options = {"use_cache": False} if caches else {}
 
@@ -366,7 +366,7 @@ def open_pretrained(name_or_path: str | Path, jina: type, auto: type, **fields
 def check_layout(name: str, config: dict) -> None:
     """Raises ValueError for JinaBERTs of another layout than Table 1's: base-code, -de, -es, -zh
     name other code."""
-    code, _, local = (config.get("auto_map") or {}).get("AutoModel", "").rpartition("--")
+    code, _, _ = (config.get("auto_map") or {}).get("AutoModel", "").rpartition("--")
     if code not in ("", "jinaai/jina-bert-implementation"):
         raise ValueError(f"model {name}: its layout is that of {code}, which is not built here; "
                          f"jinaai/jina-bert-implementation's is")
@@ -387,11 +387,13 @@ def longest_text(backbone: PreTrainedModel) -> int:
     return count if count > 0 else 1 << 30
 
 
-def check_weights(name: str | Path, report: dict, spare: str) -> None:
-    """Raises ValueError where weights are missing, misshapen or unknown, unless the regex `spare`
-    finds them."""
-    for kind, what in (("missing_keys", "are missing"), ("mismatched_keys", "are of another shape"),
-                       ("unexpected_keys", "are unknown here, like the head of a reranker")):
+def check_weights(name: str | Path, report: dict, may_miss: str, may_have: str) -> None:
+    """Raises ValueError where weights are missing or misshapen, unless the regex may_miss finds
+    them, or unknown, unless may_have does."""
+    for kind, spare, what in (
+            ("missing_keys", may_miss, "are missing"),
+            ("mismatched_keys", may_miss, "are of another shape"),
+            ("unexpected_keys", may_have, "are unknown here, like the head of a reranker")):
         wrong = [str(key) for key in report[kind] if not re.search(spare, str(key))]
         if wrong:
             raise ValueError(f"model {name}: {len(wrong)} weights {what}, among them {min(wrong)}")
@@ -408,7 +410,7 @@ def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrain
     """
     said = model_directory.read(str(name_or_path))
     backbone, tokenizer, report = open_pretrained(said.encoder, JinaBertModel, AutoModel)
-    check_weights(name_or_path, report, spare=f"{HEADS}|{BUFFERS}")
+    check_weights(name_or_path, report, may_miss=r"pooler\.", may_have=f"{HEADS}|{BUFFERS}")
     pooling = said.pooling or backbone.config.to_dict().get("emb_pooler") or "mean"
     if pooling not in POOLING:
         raise ValueError(f'model {name_or_path}: emb_pooler "{pooling}" is not built here; '
@@ -446,6 +448,8 @@ def write_pretrained(network: PreTrainedModel, tokenizer: transformers.PreTraine
     if isinstance(network.config, JinaBertConfig):
         # transformers 5 leaves out every field that is at its default.
         config = network.config.to_dict() | fields
+        # what others compute with, where we take feed_forward_type
+        config["hidden_act"] = {"geglu": "gelu", "reglu": "relu"}[config["feed_forward_type"]]
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         # not copyfile: it may be this very file
         (directory / "model.py").write_bytes(Path(__file__).read_bytes())
@@ -460,16 +464,11 @@ def save(encoder: PooledEncoder, tokenizer: transformers.PreTrainedTokenizerBase
     needs trust_remote_code=True: without it transformers builds a plain BERT with *random* weights
     and only reports it.
     """
-    config = encoder.backbone.config
     # Text Embeddings Inference picks the architecture by `_name_or_path`; transformers 5 drops that
     # field, and writes its own class name.
     write_pretrained(
         encoder.backbone, tokenizer, directory,
         architectures=["JinaBertForMaskedLM"], _name_or_path="jinaai/jina-bert-implementation",
         auto_map={"AutoConfig": "model.JinaBertConfig", "AutoModel": "model.JinaBertModel"},
-        emb_pooler=encoder.pooling,
-        # what others compute with, where we take feed_forward_type
-        hidden_act="relu" if getattr(config, "feed_forward_type", "") == "reglu" else "gelu")
-    model_directory.write(
-        Path(directory), config.hidden_size, encoder.pooling, encoder.head, encoder.prompts,
-        encoder.said, tokenizer.model_max_length)
+        emb_pooler=encoder.pooling)
+    model_directory.write(Path(directory), encoder, tokenizer.model_max_length)

@@ -27,11 +27,10 @@ import losses
 import memory
 import model
 from corpora.formats import prompts_of
-from corpora.prompts import check_prompts, choose_prompts, parse_prompts
+from corpora.prompts import check_prompts, choose_prompts, name_prompts, parse_prompts
 from evaluation import metrics
-from plumbing import allocator, checkpoint, model_directory, run
+from plumbing import allocator, checkpoint, model_card, model_directory, run
 from plumbing.check import check_update
-from plumbing.files import publish
 from plumbing.flags import check_flags
 from plumbing.plan import Plan, make_plan
 from plumbing.probe import try_length
@@ -218,8 +217,8 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
     common, prompts_line = choose_prompts(
         sources, parse_prompts(args.prompts), prompts_of(encoder.prompts))
     ranks.on_rank_0(lambda: check_prompts(sources))
-    if common and any(common):  # saved with the model
-        encoder.prompts |= common._asdict()
+    if common:  # saved with the model
+        encoder.prompts = name_prompts(common, encoder.prompts)
     ranks.print_rank0(f"{args.model}: {model_directory.describe(encoder)}; {prompts_line}")
     make_micro_batches = partial(data.make_micro_batches, tokenizer, max_length=args.max_length)
     make_micro_batches(["a text"], micro_tokens=args.max_length)  # raises for a bad --max-length
@@ -248,6 +247,7 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
     evaluate = partial(metrics.held_out_retrieval, engine.model, tokenizer, sources,
                        args.max_length, plan.micro_tokens)
     write_model = partial(model.save, encoder, tokenizer)
+    card = model_card.card_fields(encoder, tokenizer, batches, manifest, args, peak)
     eval_every = args.eval_every or math.ceil(args.steps / 2)
     stop = run.StopSignal()
     ranks.on_rank_0(lambda: run.begin(out, first))
@@ -304,7 +304,8 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
             return 0
 
     with engine.whole():
-        ranks.on_rank_0(lambda: publish(out / "model", write_model))
+        ranks.on_rank_0(lambda: model_card.publish_with_card(
+            out / "model", write_model, card, log.evaluations()))
     if ranks.rank == 0:
         jina = isinstance(encoder.backbone, model.JinaBertModel)
         run.report(out, log.evaluations(), needs_flag=jina)

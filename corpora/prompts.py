@@ -4,7 +4,7 @@ it is not there already. Texts are told apart, kept and written without it."""
 import json
 from collections import deque
 
-from corpora.formats import Prompts, prompts_of, read_lines, records
+from corpora.formats import DOCUMENT, Prompts, prompts_of, read_lines, records
 
 
 def parse_prompts(text: str | None) -> Prompts | None:
@@ -15,6 +15,13 @@ def parse_prompts(text: str | None) -> Prompts | None:
         return prompts_of(json.loads(text))
     except ValueError as error:
         raise ValueError(f"--prompts {text}: {error}") from None
+
+
+def name_prompts(prompts: Prompts, named: dict[str, str]) -> dict[str, str]:
+    """sentence-transformers' prompts by name, with these for queries and for documents, whichever
+    of their names is looked for first."""
+    documents = [name for name in DOCUMENT if name in named]
+    return named | prompts._asdict() | dict.fromkeys(documents, prompts.document)
 
 
 def describe_prompts(prompts: Prompts | None, whose: str) -> str:

@@ -78,7 +78,8 @@ def load(
     backbone = network.base_model_prefix + "."
     head = {name for name, _ in network.named_parameters() if not name.startswith(backbone)}
     if new_head:
-        check_weights(name_or_path, report, "|".join([HEADS, BUFFERS, *head]))
+        check_weights(name_or_path, report, "|".join([r"pooler\.", *head]),
+                      "|".join([HEADS, BUFFERS, *head]))
         return network, tokenizer
     if head & set(report["missing_keys"]):
         raise ValueError(f"model {name_or_path}: is an encoder without a classification head; "
@@ -87,7 +88,7 @@ def load(
     if network.config.num_labels != 1:
         raise ValueError(f"model {name_or_path}: its classification head has "
                          f"{network.config.num_labels} outputs; one logit is needed")
-    check_weights(name_or_path, report, BUFFERS)  # every weight counts
+    check_weights(name_or_path, report, "(?!)", BUFFERS)  # (?!) matches nothing
     return network, tokenizer
 
 

@@ -13,6 +13,7 @@ here knows the backbone, or how it is trained.
 import json
 import os
 from collections import OrderedDict
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,16 +75,19 @@ class Normalize(nn.Module):
 # reading
 
 def fetch(name: str) -> Path:
-    """The directory, or of a hub name the local folder that has all its files but the weights.
-    Raises OSError."""
-    if Path(name).is_dir():
-        return Path(name)
+    """The directory, or of a hub name the local folder that has all its files but the encoder's
+    weights. Raises OSError."""
     try:
-        return Path(snapshot_download(name, allow_patterns=[
-            "*.json", "*.txt", "*.model", "*.jinja", "[0-9]_*/*"]))
+        return Path(name) if Path(name).is_dir() else download(name)
     except Exception as error:  # no such name, no network, not even a name
         raise OSError(f"model {name}: neither a directory nor a name that the hub gave us "
                       f"({str(error).strip().splitlines()[0]})") from error
+
+
+@cache
+def download(name: str) -> Path:
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "[0-9]_*/*"]
+    return Path(snapshot_download(name, allow_patterns=patterns))
 
 
 def read_json(path: Path) -> dict | list | None:
@@ -245,11 +249,10 @@ def own_prompts(encoder: nn.Module, one_sided: bool) -> Prompts:
 
 # writing
 
-def write(directory: Path, width: int, pooling: str, head: nn.Sequential, prompts: dict[str, str],
-          said: Said | None, max_length: int) -> None:
-    """modules.json and what it names, beside an encoder that is written already. Every field is
-    there, for other readers than sentence-transformers have no defaults."""
-    said = said or Said("")
+def write(directory: Path, encoder: nn.Module, max_length: int) -> None:
+    """modules.json and what it names, beside a PooledEncoder's backbone that is written already.
+    Every field is there, for other readers than sentence-transformers have no defaults."""
+    said, head = encoder.said or Said(""), encoder.head
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     modules += [(f"{i}_{type(one).__name__}", type(one).__name__) for i, one in enumerate(head, 2)]
     write_json(directory / "modules.json", [
@@ -258,8 +261,8 @@ def write(directory: Path, width: int, pooling: str, head: nn.Sequential, prompt
     for path, _ in modules[1:]:
         (directory / path).mkdir(exist_ok=True)
     write_json(directory / "1_Pooling" / "config.json", {
-        "word_embedding_dimension": width,
-        **{field: mode == pooling for field, mode in POOLING.items()}, "include_prompt": True})
+        "word_embedding_dimension": encoder.backbone.config.hidden_size,
+        **{field: mode == encoder.pooling for field, mode in POOLING.items()}, "include_prompt": True})
     for (path, _), module in zip(modules[2:], head):
         if isinstance(module, Dense):
             linear, activation = module
@@ -275,7 +278,7 @@ def write(directory: Path, width: int, pooling: str, head: nn.Sequential, prompt
     write_json(directory / "sentence_bert_config.json",
                {"max_seq_length": length, "do_lower_case": said.lower_case})
     write_json(directory / "config_sentence_transformers.json", said.more | {
-        "prompts": prompts, "default_prompt_name": said.more.get("default_prompt_name"),
+        "prompts": encoder.prompts, "default_prompt_name": said.more.get("default_prompt_name"),
         "similarity_fn_name": said.similarity})
 
 

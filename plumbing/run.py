@@ -3,6 +3,7 @@ report."""
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -84,18 +85,32 @@ class StopSignal:
             raise KeyboardInterrupt
 
 
-def report(run: Path, evaluations: list[dict], needs_flag: bool) -> None:
-    """Prints what the run has done, and how to use it. needs_flag: its model is a JinaBERT."""
+def held_out_table(evaluations: list[dict]) -> str:
+    """Before -> after, by source and in the mean."""
+    if not evaluations or not evaluations[-1]["sources"]:
+        return "held-out: nothing was evaluated"
     before, after = evaluations[0], evaluations[-1]
     # a source may have come to its eval file between a run and its resumption
-    rows = [(name, before["sources"].get(name, before["mean"]), new)
+    unknown = dict.fromkeys(after["mean"], math.nan)
+    rows = [(label(name), before["sources"].get(name, unknown), new)
             for name, new in after["sources"].items()]
-    if after["mean"]:
-        rows.append(("mean", before["mean"], after["mean"]))
-    print(f"\n{'held-out: before -> after':30}{'targets':>8}{'recall@1':>18}{'nDCG@10':>18}")
+    rows.append(("mean", before["mean"] or unknown, after["mean"]))
+    lines = [f"{'held-out: before -> after':30}{'targets':>8}{'recall@1':>18}{'nDCG@10':>18}"]
     for name, old, new in rows:
-        print(f"{name:30}{new['targets']:8.0f}{old['recall@1']:9.3f} -> {new['recall@1']:.3f}"
-              f"{old['ndcg@10']:9.3f} -> {new['ndcg@10']:.3f}")
+        lines.append(f"{name:30}{new['targets']:8.0f}"
+                     f"{old['recall@1']:9.3f} -> {new['recall@1']:.3f}"
+                     f"{old['ndcg@10']:9.3f} -> {new['ndcg@10']:.3f}")
+    return "\n".join(lines)
+
+
+def label(name: str) -> str:
+    """In one line; of a path of this machine the last part."""
+    return " ".join((Path(name).name if Path(name).is_absolute() else name).split())
+
+
+def report(run: Path, evaluations: list[dict], needs_flag: bool) -> None:
+    """Prints what the run has done, and how to use it. needs_flag: its model is a JinaBERT."""
+    print(f"\n{held_out_table(evaluations)}")
     path, flag = run / "model", ", trust_remote_code=True" if needs_flag else ""
     line = f"{path} opens with model.load('{path}') and SentenceTransformer('{path}'{flag})"
     if needs_flag:

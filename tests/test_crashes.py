@@ -173,8 +173,9 @@ def test_sigterm_to_one_of_two_ranks_stops_both_and_one_process_or_three_ranks_g
     assert process.wait(timeout=60) == 0, said()
     step = crashes.last_step(Path("two"))
     assert saved("two") == [f"{step:08d}"] and not Path("two/model").exists()
-    engine, memory, peak, last = said()  # rank 0 alone speaks, and nothing but this
-    assert "ZeRO 2 on 2 ranks" in engine and "GB" in memory and peak.startswith("two: peak lr")
+    encoder, engine, memory, peak, last = said()  # rank 0 alone speaks, and nothing but this
+    assert encoder.startswith("toy: mean pooling") and "ZeRO 2 on 2 ranks" in engine
+    assert "GB" in memory and peak.startswith("two: peak lr")
     assert f"step {step} of 12" in last and "--resume --out two" in last
     assert list(Path("two").rglob("metrics*")) == [Path("two/metrics.jsonl")]
 
