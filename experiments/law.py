@@ -128,7 +128,7 @@ def split(embeddings: Tensor, stage: int) -> tuple[Tensor, Tensor, Tensor | None
 
 
 def vector(encoder: torch.nn.Module) -> Tensor:
-    return parameters_to_vector(encoder.parameters()).detach().double()
+    return parameters_to_vector(encoder.parameters()).detach().double().cpu()
 
 
 def plain_update(stage: int, optimizer_name: str) -> Tensor:
@@ -155,7 +155,7 @@ def plain_update(stage: int, optimizer_name: str) -> Tensor:
 
 def update(cell: Cell, ranks: Ranks, config: str) -> Tensor:
     """theta_after - theta_before of a cell."""
-    encoder, sgd = toy(), cell.optimizer == "sgd"
+    encoder, sgd = toy().to(ranks.device), cell.optimizer == "sgd"
     before, optimizer = vector(encoder), optimizer_of(cell.optimizer, encoder)
     args = argparse.Namespace(
         batch_size=K, negatives=N, precision=cell.precision, checkpoint_layers=cell.checkpointed,
