@@ -257,7 +257,8 @@ class SourceBatches(Iterator):
 
     def state_dict(self) -> dict:
         """JSON-able: the step, how far each source is, and what must be the same to go on."""
-        corpus = [[s.name, s.rate, len(s.train), s.fingerprint, *filter(any, [s.prompts or ""])]
+        corpus = [[s.name, s.rate, len(s.train), s.fingerprint,
+                   *([list(s.prompts)] if any(s.prompts or ()) else [])]
                   for s in self.sources]
         return {"seed": self.seed, "batch_size": self.batch_size, "negatives": self.negatives,
                 "corpus": corpus, "step": self.step,

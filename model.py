@@ -293,7 +293,7 @@ class PooledEncoder(nn.Module):
         super().__init__()
         self.backbone, self.pooling, self.head = backbone, pooling, nn.Sequential(*head)
         self.said = said
-        self.prompts = dict(said.more.get("prompts", {})) if said else {}
+        self.prompts = dict(said.more.get("prompts") or {}) if said else {}
         self.notes = []  # what `load` has to say of it, for people
         # of no use to one pass, and a checkpointed layer would fill a decoder's cache twice
         caches = "use_cache" in inspect.signature(backbone.forward).parameters
@@ -442,8 +442,13 @@ def write_pretrained(network: PreTrainedModel, tokenizer: transformers.PreTraine
     if hasattr(tokenizer, "backend_tokenizer"):  # a few have none
         # else tokenizer.json would cut everybody's texts at the last --max-length
         tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(directory)
-    model_directory.mend_tokenizer(directory, getattr(tokenizer, "saved_class", None))
+    model_directory.mend_tokenizer(
+        directory, getattr(tokenizer, "saved_class", None), tokenizer.model_input_names)
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | model_directory.mend_rotary(config), indent=2) + "\n")
     model_directory.follow_umask(directory)
     if isinstance(network.config, JinaBertConfig):
         # transformers 5 leaves out every field that is at its default.

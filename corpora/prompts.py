@@ -69,4 +69,5 @@ def check_prompts(sources: list) -> None:
             return []
 
         if any(source.prompts):
-            deque(read_lines(source.path, check), maxlen=0)
+            for path in filter(None, (source.path, source.eval)):
+                deque(read_lines(path, check), maxlen=0)

@@ -3,6 +3,7 @@
 A cell returns what it measured, a line that says it, and in `wrong` what is not as it should be.
 """
 
+import argparse
 import json
 import math
 import os
@@ -378,7 +379,9 @@ def commands(lab: Lab) -> dict:
     flags = [name, "--pairs", pairs, "--max-length", tokens]
     evaluation.main([str(flag) for flag in flags])
 
-    embed = Embedder(str(name), tokens, lab.tokens(16384), chunk=pool)
+    flags = argparse.Namespace(
+        max_length=tokens, micro_tokens=lab.tokens(16384), chunk=pool, prompts=None)
+    embed = Embedder(str(name), lab.sources, flags)
     vectors = embed([row.positive for row in rows])
     itself = np.arange(len(rows)), np.arange(len(rows))
     halves = [half.cpu().numpy() for half in vectors.split(len(rows) // 2)]

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, normalizers
 from torch import Tensor, nn
 
 from corpora.formats import Prompts, prompts_of
+from corpora.prompts import name_prompts
 
 POOLING = {  # sentence-transformers' fields of 1_Pooling, before its version 6 and since
     "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls",
@@ -90,14 +91,18 @@ def download(name: str) -> Path:
     return Path(snapshot_download(name, allow_patterns=patterns))
 
 
-def read_json(path: Path) -> dict | list | None:
-    """None where there is no file. Raises ValueError naming it."""
+def read_json(path: Path, kind: type = dict) -> dict | list | None:
+    """An object, or of another kind; None where there is no file. Raises ValueError naming it."""
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, kind):
+        raise ValueError(f"{path}: found {json.dumps(found)[:40]}, expected "
+                         f"{'an object' if kind is dict else 'a list'}")
+    return found
 
 
 def check_fields(path: Path, found: dict, known: dict) -> None:
@@ -116,14 +121,12 @@ def read(name: str) -> Said:
     """What the directory, or hub name, says. Raises OSError where it is none, and ValueError, one
     line each, where it says what is not known here."""
     root = fetch(name)
-    if (root / "adapter_config.json").is_file():
-        raise ValueError(f"model {name}: a LoRA adapter; merge it into its model "
-                         f"(merge_and_unload of peft) and give that")
-    modules = read_json(root / "modules.json")
+    check_adapter(name, root)
+    modules = read_json(root / "modules.json", list)
     if modules is None:
         return Said(name)
     try:
-        kinds = [one["type"] for one in modules]
+        kinds = [str(one["type"]) for one in modules]
         folders = [root / one["path"] for one in modules]
     except (TypeError, KeyError):
         raise ValueError(f"{root / 'modules.json'}: expected a list of modules, each with a type "
@@ -139,6 +142,8 @@ def read(name: str) -> Said:
     more = read_json(root / "config_sentence_transformers.json") or {}
     if more.get("model_type", "SentenceTransformer") != "SentenceTransformer":
         raise ValueError(f"model {name}: is a {more['model_type']}, not a SentenceTransformer")
+    check_adapter(name, folders[0])
+    check_prompts_of(root / "config_sentence_transformers.json", more)
     head = tuple(read_after(kind, folder) for kind, folder in zip(kinds[2:], folders[2:]))
     length, lower_case = read_transformer(folders[0])
     encoder = name if folders[0] == root else str(folders[0])
@@ -146,15 +151,30 @@ def read(name: str) -> Said:
                 more.get("similarity_fn_name") or "cosine", more)
 
 
+def check_adapter(name: str, folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"model {name}: a LoRA adapter; merge it into its model "
+                         f"(merge_and_unload of peft) and give that")
+
+
+def check_prompts_of(path: Path, more: dict) -> None:
+    try:
+        prompts_of(more.get("prompts") or {})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def read_pooling(path: Path) -> str:
     config = read_json(path)
     if not config:
         raise ValueError(f"{path}: no such file, or it is empty")
-    found = config.get("pooling_mode") or [mode for field, mode in POOLING.items()
-                                           if config.get(field)] or "mean"
-    modes = [found] if isinstance(found, str) else found
-    if len(modes) > 1 or modes[0] not in KNOWN_POOLING:
-        raise ValueError(f"{path}: pooling by {' and '.join(modes)}; one of "
+    found = config.get("pooling_mode")
+    if not found:  # mean where nothing is said
+        found = [mode for field, mode in POOLING.items()
+                 if config.get(field, mode == "mean" and not any(map(config.get, POOLING)))]
+    modes = found if isinstance(found, list) else [found]
+    if len(modes) != 1 or modes[0] not in KNOWN_POOLING:
+        raise ValueError(f"{path}: pooling by {' and '.join(map(str, modes)) or 'nothing'}; one of "
                          f"{', '.join(KNOWN_POOLING)} is known here")
     check_fields(path, config, POOLING_FIELDS)
     return modes[0]
@@ -167,21 +187,23 @@ def read_after(kind: str, folder: Path) -> nn.Module:
     check_fields(path, config, AFTER_FIELDS)
     if kind == "Normalize":
         return Normalize()
-    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     made = getattr(nn, activation.rpartition(".")[2], None)
     if made is None or not activation.startswith("torch.nn."):
         raise ValueError(f'{path}: field "activation_function": found {activation}, expected one '
                          f'of torch.nn')
     try:
-        dense = Dense(nn.Linear(config["in_features"], config["out_features"],
-                                config.get("bias", True)), made())
+        # without random weights, and so without a draw
+        linear = nn.utils.skip_init(nn.Linear, config["in_features"], config["out_features"],
+                                    config.get("bias", True))
+        dense = Dense(linear, made())
         if (folder / "model.safetensors").is_file():
             weights = load_file(folder / "model.safetensors")
         else:
             weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
         dense.load_state_dict(weights)
     except Exception as error:  # a field, the file, or a weight is missing or of another shape
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())
         raise ValueError(f"{folder}: this layer does not open ({reason})") from error
     return dense
 
@@ -191,7 +213,11 @@ def read_transformer(folder: Path) -> tuple[int | None, bool]:
     for path in folder.glob("sentence_*_config.json"):  # bert, and of old also roberta ...
         config = read_json(path)
         check_fields(path, config, TRANSFORMER_FIELDS)
-        return config.get("max_seq_length"), config.get("do_lower_case", False)
+        length = config.get("max_seq_length")
+        if length is not None and (type(length) is not int or length < 1):
+            raise ValueError(f'{path}: field "max_seq_length": found {json.dumps(length)}, '
+                             f'expected a whole number above 0')
+        return length, config.get("do_lower_case", False)
     return None, False
 
 
@@ -204,8 +230,9 @@ def check_tokenizer(name: str, tokenizer) -> None:
         return
     own = Tokenizer.from_file(str(path))
     own.no_truncation()
-    expected = own.encode(PROBE, add_special_tokens=False).ids
-    if tokenizer(PROBE, add_special_tokens=False)["input_ids"] != expected:
+    own.no_padding()
+    expected = own.encode(PROBE).ids
+    if tokenizer(PROBE)["input_ids"] != expected:
         raise ValueError(f"model {name}: transformers {tokenizer_class(name) or ''} reads a text "
                          f"otherwise than its tokenizer.json says, so its vectors would be wrong")
 
@@ -216,9 +243,13 @@ def tokenizer_class(name: str) -> str | None:
 
 
 def make_lower_case(tokenizer) -> None:
+    """In tokenizer.json, so that other tools do too. Not where it is so already."""
     backend = tokenizer.backend_tokenizer
+    if backend.normalizer and backend.normalizer.normalize_str("A") == "a":
+        return
     others = [backend.normalizer] if backend.normalizer else []
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
+    tokenizer.saved_class = "PreTrainedTokenizerFast"  # BertTokenizer would make its own again
 
 
 def describe(encoder: nn.Module) -> str:
@@ -277,19 +308,37 @@ def write(directory: Path, encoder: nn.Module, max_length: int) -> None:
     length = max_length if max_length < 1 << 30 else 1 << 30
     write_json(directory / "sentence_bert_config.json",
                {"max_seq_length": length, "do_lower_case": said.lower_case})
+    prompts = {name: prompt or "" for name, prompt in encoder.prompts.items()}
+    if prompts:  # sentence-transformers always has a "document", and looks for it first
+        prompts = name_prompts(prompts_of(prompts), prompts)
     write_json(directory / "config_sentence_transformers.json", said.more | {
-        "prompts": encoder.prompts, "default_prompt_name": said.more.get("default_prompt_name"),
+        "prompts": prompts, "default_prompt_name": said.more.get("default_prompt_name"),
         "similarity_fn_name": said.similarity})
+    follow_umask(directory)
 
 
-def mend_tokenizer(directory: Path, name: str | None) -> None:
+def mend_tokenizer(directory: Path, name: str | None, inputs: list[str]) -> None:
     """The class that the tokenizer came with: transformers 4 does not know the one that version 5
     writes. And the side on which to pad."""
     path = directory / "tokenizer_config.json"
     config = read_json(path)
     name = name or config["tokenizer_class"]
     config["tokenizer_class"] = "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
-    write_json(path, config | {"padding_side": "right"})
+    special = config.pop("extra_special_tokens", None)  # version 4 wants another name for the list
+    if isinstance(special, list):
+        config["additional_special_tokens"] = special
+    write_json(path, config | {"padding_side": "right", "model_input_names": inputs})
+
+
+def mend_rotary(config: dict) -> dict:
+    """The fields in which transformers 4, and others, look for the base of rotary positions."""
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        scaling = rope if rope.get("rope_type", "default") != "default" else None
+        return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    return {f"{name}_rope_theta": rope[f"{kind}_attention"]["rope_theta"]
+            for name, kind in (("global", "full"), ("local", "sliding"))
+            if f"{kind}_attention" in rope and config["model_type"] == "modernbert"}
 
 
 def write_json(path: Path, value: dict | list) -> None:
