@@ -16,7 +16,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterator
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import BertTokenizer
 
 from corpora.formats import Prompts, Row, read_manifest, read_rows, records, text_hash
@@ -330,12 +329,15 @@ def make_micro_batches(tokenizer, texts: list, max_length: int, micro_tokens: in
                          f"and sentence_bert_config.json say)")
     ids = tokenizer(texts, truncation=True, max_length=max_length,
                     return_attention_mask=False)["input_ids"]
+    lengths = [len(x) for x in ids]
+    # all tokens in one array: a tensor for every text would take as long as the tokenizer
+    rows = torch.from_numpy(np.fromiter(chain.from_iterable(ids), np.int64)).split(lengths)
     micro_batches = []
-    for index in split_by_length([len(x) for x in ids], micro_tokens, whole):
-        rows = [torch.tensor(ids[i]) for i in index]
-        input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        micro_batches.append(MicroBatch(torch.tensor(index), input_ids, mask))
+    for index in split_by_length(lengths, micro_tokens, whole):
+        mask = torch.arange(lengths[index[0]]) < torch.tensor([lengths[i] for i in index])[:, None]
+        input_ids = torch.full(mask.shape, tokenizer.pad_token_id)
+        input_ids[mask] = torch.cat([rows[i] for i in index])
+        micro_batches.append(MicroBatch(torch.tensor(index), input_ids, mask.long()))
     return micro_batches
 
 

@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 1024  # rows and columns; on a CPU 512 is as fast, 2048 up to a fifth slower
+# Rows and columns. On a CPU 512 is as fast, 2048 up to a fifth slower; on an H200 32,768 pairs take
+# 2.7 times as long at 1024 as at 4096.
+TILE = {"cpu": 1024, "cuda": 4096}
 
 
 def no_autocast(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -62,9 +64,9 @@ def info_nce(anchors: Tensor, candidates: Sequence[Tensor], tau: float | Tensor,
 
 @no_autocast
 def info_nce_tiled(anchors: Tensor, candidates: Sequence[Tensor], tau: float | Tensor,
-                   first_row: int = 0, tile: int = TILE) -> Tensor:
+                   first_row: int = 0, tile: int | None = None) -> Tensor:
     """Equation (3), `info_nce` with the same arguments, tile by tile; tile: rows and columns of
-    one.
+    one, by default TILE's.
 
         -ln  e^own / (e^own + e^others)  =  ln(1 + e^(others - own))
 
@@ -72,6 +74,7 @@ def info_nce_tiled(anchors: Tensor, candidates: Sequence[Tensor], tau: float | T
     others << own. It has no second derivative.
     """
     u, first_block = unit(anchors) / tau, candidates[0]
+    tile = tile or TILE[anchors.device.type]
     own = (u * unit(first_block[first_row : first_row + len(anchors)])).sum(1)
     others = [LogSumExp.apply(u, first_block, first_row, tile)]
     others += [LogSumExp.apply(u, block, len(block), tile) for block in candidates[1:]]

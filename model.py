@@ -10,7 +10,6 @@ config fields are those of the published checkpoints.
 """
 
 import inspect
-import json
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -29,7 +28,7 @@ from transformers import (AutoModel, AutoModelForTextEncoding, AutoTokenizer, Be
 from transformers.modeling_outputs import BaseModelOutput
 
 try:
-    from plumbing import model_directory, probe  # `load` and `save` need them
+    from plumbing import model_directory, probe, saved_tokenizer  # `load` and `save` need them
 except ImportError:
     pass  # this is the copy beside some weights
 
@@ -302,14 +301,16 @@ class PooledEncoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, **self.options).last_hidden_state
-        return self.head(POOLING[self.pooling](hidden, attention_mask))
+        pooled = POOLING[self.pooling](hidden, attention_mask)
+        with torch.autocast(pooled.device.type, enabled=False):  # as the pooling, in fp32
+            return self.head(pooled)
 
 
 # Weights that are no part of an encoder: language-modelling heads, and buffers that old versions
 # saved. Any other unknown weight is part of what the model computes.
-HEADS = (r"^(\w+\.)?(cls|lm_head|mlm|vocab_\w+|generator_\w+|discriminator_\w+|head|decoder"
-         r"|lm_predictions|mask_predictions|pred_layer|predictions|pooler)\.")
-BUFFERS = r"(position_ids|inv_freq|masked_bias|attn\.bias)$"
+HEADS = (r"^(\w+\.)?(cls|lm_head|lm_loss|mlm|vocab_\w+|generator_\w+|discriminator_\w+|head"
+         r"|decoder|lm_predictions|mask_predictions|pred_layer|predictions|sop_classifier|pooler)\.")
+BUFFERS = r"(position_ids|inv_freq|masked_bias|attn\.bias|final_logits_bias)$"
 
 
 def create(size: str) -> PooledEncoder:
@@ -317,13 +318,13 @@ def create(size: str) -> PooledEncoder:
     return PooledEncoder(JinaBertModel(JinaBertConfig(**SIZES[size])))
 
 
-def open_pretrained(name_or_path: str | Path, jina: type, auto: type, **fields
+def open_pretrained(said: "model_directory.Said", jina: type, auto: type, **fields
                     ) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, dict]:
-    """Model, tokenizer and transformers' load report, by class `jina` if it is a JinaBERT, else by
-    class `auto` with these config fields. Raises OSError where there is no model, ValueError where
-    it is one that is not built here; whether weights are missing or unknown, `check_weights`
-    says."""
-    name = str(name_or_path)
+    """Model, tokenizer and transformers' load report of what a directory says, by class `jina` if
+    it is a JinaBERT, else by class `auto` with these config fields. Raises OSError where there is
+    no model, ValueError where it is one that is not built here; whether weights are missing or
+    unknown, `check_weights` says."""
+    name = said.encoder
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # `check_weights` says what its report does
     huggingface_hub.utils.logging.set_verbosity_error()  # a warning for every retry
@@ -341,8 +342,11 @@ def open_pretrained(name_or_path: str | Path, jina: type, auto: type, **fields
         raise OSError(f"model {name}: no tokenizer there")
     if tokenizer.pad_token_id is None:
         raise ValueError(f"model {name}: its tokenizer has no padding token")
-    model_directory.check_tokenizer(name, tokenizer)
-    tokenizer.saved_class = model_directory.tokenizer_class(name)  # `write_pretrained` keeps it
+    saved_tokenizer.check_tokenizer(name, tokenizer)
+    tokenizer.saved_fields = saved_tokenizer.read_fields(name)  # `write_pretrained` keeps them
+    tokenizer.padding_side = "right"  # as everything here pads
+    if said.lower_case:
+        saved_tokenizer.make_lower_case(tokenizer)
     is_jina = config.get("position_embedding_type") == "alibi"
     if is_jina:
         check_layout(name, config)
@@ -359,7 +363,8 @@ def open_pretrained(name_or_path: str | Path, jina: type, auto: type, **fields
     except Exception as error:  # a truncated file, no weights, an unknown architecture ...
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"model {name}: its weights do not open ({reason})") from error
-    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_text(model))
+    limit = said.max_length or tokenizer.model_max_length
+    tokenizer.model_max_length = min(limit, longest_text(model))
     return model, tokenizer, report  # from_pretrained leaves it in eval mode
 
 
@@ -409,20 +414,19 @@ def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrain
     process.
     """
     said = model_directory.read(str(name_or_path))
-    backbone, tokenizer, report = open_pretrained(said.encoder, JinaBertModel, AutoModel)
+    backbone, tokenizer, report = open_pretrained(said, JinaBertModel, AutoModel)
     check_weights(name_or_path, report, may_miss=r"pooler\.", may_have=f"{HEADS}|{BUFFERS}")
     pooling = said.pooling or backbone.config.to_dict().get("emb_pooler") or "mean"
     if pooling not in POOLING:
         raise ValueError(f'model {name_or_path}: emb_pooler "{pooling}" is not built here; '
                          f'{", ".join(POOLING)} are')
+    model_directory.check_widths(said, backbone.config.hidden_size)
     encoder = PooledEncoder(backbone, pooling, said.head, said).eval()
-    if said.lower_case:
-        model_directory.make_lower_case(tokenizer)
-    if said.max_length:
-        tokenizer.model_max_length = min(said.max_length, longest_text(backbone))
-    tokenizer.padding_side = "right"  # as everything here pads
     probe.try_texts(encoder, tokenizer, str(name_or_path))
     left_out = {key.split(".")[0] for key in report["unexpected_keys"] if re.search(HEADS, key)}
+    if "EncoderModel" in type(backbone).__name__ and backbone.config.architectures != [
+            type(backbone).__name__]:
+        left_out.add("decoder")  # of a whole T5, whose weights transformers passes over
     if left_out:
         encoder.notes.append(f"left out, as no part of an encoder: {', '.join(sorted(left_out))}")
     frozen = {name.rpartition(".")[0] for name, p in encoder.named_parameters()
@@ -439,25 +443,18 @@ def write_pretrained(network: PreTrainedModel, tokenizer: transformers.PreTraine
     directory = Path(directory)
     transformers.utils.logging.disable_progress_bar()
     network.save_pretrained(directory)
-    if hasattr(tokenizer, "backend_tokenizer"):  # a few have none
-        # else tokenizer.json would cut everybody's texts at the last --max-length
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(directory)
-    model_directory.mend_tokenizer(
-        directory, getattr(tokenizer, "saved_class", None), tokenizer.model_input_names)
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | model_directory.mend_rotary(config), indent=2) + "\n")
-    model_directory.follow_umask(directory)
+    saved_tokenizer.save_tokenizer(tokenizer, directory)
+    config = model_directory.read_json(directory / "config.json")
+    config |= model_directory.rotary_fields(config)
     if isinstance(network.config, JinaBertConfig):
         # transformers 5 leaves out every field that is at its default.
         config = network.config.to_dict() | fields
         # what others compute with, where we take feed_forward_type
         config["hidden_act"] = {"geglu": "gelu", "reglu": "relu"}[config["feed_forward_type"]]
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         # not copyfile: it may be this very file
         (directory / "model.py").write_bytes(Path(__file__).read_bytes())
+    model_directory.write_json(directory / "config.json", config)
+    model_directory.follow_umask(directory)
 
 
 def save(encoder: PooledEncoder, tokenizer: transformers.PreTrainedTokenizerBase,

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -222,7 +223,7 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
     ranks.print_rank0(f"{args.model}: {model_directory.describe(encoder)}; {prompts_line}")
     make_micro_batches = partial(data.make_micro_batches, tokenizer, max_length=args.max_length)
     make_micro_batches(["a text"], micro_tokens=args.max_length)  # raises for a bad --max-length
-    try_length(encoder, tokenizer, args.max_length)
+    try_length(encoder, tokenizer, args.max_length, chain(*(s.prompts for s in sources)))
     corpus = [(s.name, s.rate, len(s.train), s.fingerprint) for s in sources]
     if not ranks.agree((corpus, sorted(tokenizer.get_vocab().items()))):
         raise ValueError("the ranks see different corpora or tokenizers; they belong on a file "

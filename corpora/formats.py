@@ -41,14 +41,14 @@ class Prompts(NamedTuple):
     document: str = ""
 
 
-def prompts_of(named: object) -> Prompts:
-    """Of {"query": ..., "document": ...} (or "passage", "corpus"); other names are for other tasks.
-    Raises ValueError."""
+def prompts_of(named: object, only: bool = False) -> Prompts:
+    """Of {"query": ..., "document": ...} (or "passage", "corpus"); other names are for other tasks,
+    and refused with `only`. Raises ValueError."""
     texts = isinstance(named, dict) and all(isinstance(x, str | None) for x in named.values())
-    if not texts:
+    if not texts or only and set(named) - {"query", *DOCUMENT}:
         raise ValueError(f'prompts: found {json.dumps(named)[:60]}, expected {{"query": text, '
                          f'"document": text}}')
-    document = next((named[name] for name in DOCUMENT if named.get(name)), "")
+    document = next((named[name] for name in DOCUMENT if named.get(name) is not None), "")
     return Prompts(named.get("query") or "", document)
 
 
@@ -169,7 +169,7 @@ def read_manifest(path: Path) -> list[dict]:
             entry[field] = path.parent / entry[field] if entry[field] else None
         if entry["prompts"] is not None:
             try:
-                entry["prompts"] = prompts_of(entry["prompts"])
+                entry["prompts"] = prompts_of(entry["prompts"], only=True)
             except ValueError as error:
                 raise ValueError(f"{path}, source {number}: {error}") from None
         entries.append({field: entry[field] for field in SOURCE_FIELDS})

@@ -12,7 +12,7 @@ def parse_prompts(text: str | None) -> Prompts | None:
     if text is None:
         return None
     try:
-        return prompts_of(json.loads(text))
+        return prompts_of(json.loads(text), only=True)
     except ValueError as error:
         raise ValueError(f"--prompts {text}: {error}") from None
 
@@ -27,10 +27,11 @@ def name_prompts(prompts: Prompts, named: dict[str, str]) -> dict[str, str]:
 def describe_prompts(prompts: Prompts | None, whose: str) -> str:
     """None: they differ."""
     if prompts is None:
-        return f"prompts by source ({whose})"
+        return f"prompts by source ({whose}); those of the model's directory are kept as they are"
     if not any(prompts):
         return "no prompts"
-    return f'prompts "{prompts.query}" and "{prompts.document}" ({whose})'
+    query, document = map(json.dumps, prompts)
+    return f"prompts {query} and {document} ({whose})"
 
 
 def with_prompt(prompt: str, text: str) -> str:

@@ -21,6 +21,7 @@ try:  # beside the weights, where transformers makes a package of the two files
 except ImportError:
     from model import (BUFFERS, HEADS, JinaBertConfig, JinaBertModel, check_weights, mean_pool,
                        open_pretrained, write_pretrained)
+    from plumbing import model_directory  # for `load`
 
 
 class CrossEncoder(PreTrainedModel):
@@ -73,8 +74,12 @@ def load(
     with new_head such a model gets a head with random weights.
     """
     fields = {"num_labels": 1} if new_head else {}
+    read = model_directory.read if new_head else model_directory.read_encoder
     network, tokenizer, report = open_pretrained(
-        name_or_path, CrossEncoder, AutoModelForSequenceClassification, **fields)
+        read(str(name_or_path)), CrossEncoder, AutoModelForSequenceClassification, **fields)
+    if network.config.is_encoder_decoder:
+        raise ValueError(f"model {name_or_path}: has a decoder; a cross-encoder has none")
+    network.config.pad_token_id = tokenizer.pad_token_id  # a decoder's head reads the last token
     backbone = network.base_model_prefix + "."
     head = {name for name, _ in network.named_parameters() if not name.startswith(backbone)}
     if new_head:

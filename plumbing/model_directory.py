@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, normalizers
 from torch import Tensor, nn
 
 from corpora.formats import Prompts, prompts_of
@@ -45,8 +44,10 @@ TRANSFORMER_FIELDS = {
     "document_length": None, "query_expansion": None, "transformer_task": "feature-extraction",
     "module_output_name": "token_embeddings",
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}}
-# scripts, accents, digits, white space: hardly read alike by two tokenizers
-PROBE = "Ein Häuschen\tam See, 42.7 %: 你好，世界 привет don't re-read_it ÉTÉ"
+
+
+# sentence_NAME_config.json, the first that there is, in sentence-transformers' order
+SENTENCE_CONFIGS = "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"
 
 
 class Said(NamedTuple):
@@ -87,8 +88,9 @@ def fetch(name: str) -> Path:
 
 @cache
 def download(name: str) -> Path:
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "[0-9]_*/*"]
-    return Path(snapshot_download(name, allow_patterns=patterns))
+    return Path(snapshot_download(
+        name, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja", "[0-9]*_*/*"],
+        ignore_patterns=["*.h5", "*.onnx", "*.msgpack", "*.ot"]))
 
 
 def read_json(path: Path, kind: type = dict) -> dict | list | None:
@@ -143,12 +145,19 @@ def read(name: str) -> Said:
     if more.get("model_type", "SentenceTransformer") != "SentenceTransformer":
         raise ValueError(f"model {name}: is a {more['model_type']}, not a SentenceTransformer")
     check_adapter(name, folders[0])
-    check_prompts_of(root / "config_sentence_transformers.json", more)
+    check_saying(root / "config_sentence_transformers.json", more)
     head = tuple(read_after(kind, folder) for kind, folder in zip(kinds[2:], folders[2:]))
     length, lower_case = read_transformer(folders[0])
     encoder = name if folders[0] == root else str(folders[0])
     return Said(encoder, read_pooling(folders[1] / "config.json"), head, length, lower_case,
                 more.get("similarity_fn_name") or "cosine", more)
+
+
+def read_encoder(name: str) -> Said:
+    """Of a directory whose other modules do not count, as a reranker's."""
+    check_adapter(name, fetch(name))
+    length, lower_case = read_transformer(fetch(name))
+    return Said(name, max_length=length, lower_case=lower_case)
 
 
 def check_adapter(name: str, folder: Path) -> None:
@@ -157,11 +166,18 @@ def check_adapter(name: str, folder: Path) -> None:
                          f"(merge_and_unload of peft) and give that")
 
 
-def check_prompts_of(path: Path, more: dict) -> None:
+def check_saying(path: Path, more: dict) -> None:
+    """Raises ValueError where config_sentence_transformers.json says what is not done here."""
     try:
         prompts_of(more.get("prompts") or {})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    default, prompts = more.get("default_prompt_name"), more.get("prompts") or {}
+    if default is not None and default not in prompts:
+        raise ValueError(f'{path}: field "default_prompt_name": found {json.dumps(default)}, which '
+                         f'is none of its prompts')
+    if more.get("truncate_dim") is not None:
+        raise ValueError(f'{path}: field "truncate_dim": vectors are not cut here; remove it')
 
 
 def read_pooling(path: Path) -> str:
@@ -208,49 +224,37 @@ def read_after(kind: str, folder: Path) -> nn.Module:
     return dense
 
 
+def check_widths(said: Said, width: int) -> None:
+    """Raises ValueError where a Dense does not take what comes before it, at first the pooling."""
+    for number, module in enumerate(said.head, 2):
+        if isinstance(module, Dense):
+            if module.linear.in_features != width:
+                raise ValueError(f"model {said.encoder}: its Dense, module {number}, takes "
+                                 f"{module.linear.in_features} numbers, but {width} come in")
+            width = module.linear.out_features
+
+
 def read_transformer(folder: Path) -> tuple[int | None, bool]:
     """The longest text in tokens, if said, and whether texts are made lower case."""
-    for path in folder.glob("sentence_*_config.json"):  # bert, and of old also roberta ...
+    for name in SENTENCE_CONFIGS:
+        path = folder / f"sentence_{name}_config.json"
         config = read_json(path)
+        if config is None:
+            continue
         check_fields(path, config, TRANSFORMER_FIELDS)
         length = config.get("max_seq_length")
-        if length is not None and (type(length) is not int or length < 1):
+        if length is not None and (type(length) is not int or length < 3):
             raise ValueError(f'{path}: field "max_seq_length": found {json.dumps(length)}, '
-                             f'expected a whole number above 0')
-        return length, config.get("do_lower_case", False)
+                             f'expected a whole number from 3 on: [CLS], a token, [SEP]')
+        lower_case = config.get("do_lower_case") or False
+        if type(lower_case) is not bool:
+            raise ValueError(f'{path}: field "do_lower_case": found {json.dumps(lower_case)}, '
+                             f'expected true or false')
+        return length, lower_case
     return None, False
 
 
-# the tokenizer
-
-def check_tokenizer(name: str, tokenizer) -> None:
-    """Raises ValueError where transformers has built another tokenizer than tokenizer.json says."""
-    path = fetch(name) / "tokenizer.json"
-    if not path.is_file():
-        return
-    own = Tokenizer.from_file(str(path))
-    own.no_truncation()
-    own.no_padding()
-    expected = own.encode(PROBE).ids
-    if tokenizer(PROBE)["input_ids"] != expected:
-        raise ValueError(f"model {name}: transformers {tokenizer_class(name) or ''} reads a text "
-                         f"otherwise than its tokenizer.json says, so its vectors would be wrong")
-
-
-def tokenizer_class(name: str) -> str | None:
-    """As the directory names it."""
-    return (read_json(fetch(name) / "tokenizer_config.json") or {}).get("tokenizer_class")
-
-
-def make_lower_case(tokenizer) -> None:
-    """In tokenizer.json, so that other tools do too. Not where it is so already."""
-    backend = tokenizer.backend_tokenizer
-    if backend.normalizer and backend.normalizer.normalize_str("A") == "a":
-        return
-    others = [backend.normalizer] if backend.normalizer else []
-    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
-    tokenizer.saved_class = "PreTrainedTokenizerFast"  # BertTokenizer would make its own again
-
+# saying
 
 def describe(encoder: nn.Module) -> str:
     """A line on what is not the paper's, and whose it is."""
@@ -293,7 +297,8 @@ def write(directory: Path, encoder: nn.Module, max_length: int) -> None:
         (directory / path).mkdir(exist_ok=True)
     write_json(directory / "1_Pooling" / "config.json", {
         "word_embedding_dimension": encoder.backbone.config.hidden_size,
-        **{field: mode == encoder.pooling for field, mode in POOLING.items()}, "include_prompt": True})
+        **{field: mode == encoder.pooling for field, mode in POOLING.items()},
+        "include_prompt": True})
     for (path, _), module in zip(modules[2:], head):
         if isinstance(module, Dense):
             linear, activation = module
@@ -317,20 +322,7 @@ def write(directory: Path, encoder: nn.Module, max_length: int) -> None:
     follow_umask(directory)
 
 
-def mend_tokenizer(directory: Path, name: str | None, inputs: list[str]) -> None:
-    """The class that the tokenizer came with: transformers 4 does not know the one that version 5
-    writes. And the side on which to pad."""
-    path = directory / "tokenizer_config.json"
-    config = read_json(path)
-    name = name or config["tokenizer_class"]
-    config["tokenizer_class"] = "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
-    special = config.pop("extra_special_tokens", None)  # version 4 wants another name for the list
-    if isinstance(special, list):
-        config["additional_special_tokens"] = special
-    write_json(path, config | {"padding_side": "right", "model_input_names": inputs})
-
-
-def mend_rotary(config: dict) -> dict:
+def rotary_fields(config: dict) -> dict:
     """The fields in which transformers 4, and others, look for the base of rotary positions."""
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:

@@ -2,6 +2,9 @@
 models have positions that begin late, tokenizers with too many entries, parts that no loss reaches.
 """
 
+import json
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,7 +20,11 @@ def try_texts(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str)
     if largest >= rows:
         raise ValueError(f"model {name}: its tokenizer has an entry of number {largest}, but its "
                          f"embeddings have {rows} rows")
-    input_ids = torch.tensor([tokenizer("a text")["input_ids"][:3]])
+    tokens = tokenizer("a text")
+    if any(tokens.get("token_type_ids", [])):
+        raise ValueError(f"model {name}: its tokenizer gives a text token types that are not 0, "
+                         f"which are not passed on here")
+    input_ids = torch.tensor([tokens["input_ids"][:3]])
     input_ids = F.pad(input_ids, (0, 4 - input_ids.shape[1]), value=largest)
     reached = set()
 
@@ -39,9 +46,14 @@ def try_texts(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str)
         parameter.requires_grad_(parameter in reached)
 
 
-def try_length(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+def try_length(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int,
+               prompts: Iterable[str]) -> None:
     """Passes one text of max_length tokens forward. Raises ValueError where that is more than the
-    model takes."""
+    model takes, or leaves no token beside one of the prompts."""
+    for prompt in prompts:
+        if len(tokenizer(prompt)["input_ids"]) >= max_length:
+            raise ValueError(f"the prompt {json.dumps(prompt)} alone fills the {max_length} tokens "
+                             f"of a text; raise --max-length")
     device = next(encoder.parameters()).device
     input_ids = tokenizer("a text", return_tensors="pt")["input_ids"].to(device)
     input_ids = input_ids.repeat(1, max_length)[:, :max_length]
