@@ -443,7 +443,8 @@ def write_pretrained(network: PreTrainedModel, tokenizer: transformers.PreTraine
     directory = Path(directory)
     transformers.utils.logging.disable_progress_bar()
     network.save_pretrained(directory)
-    saved_tokenizer.save_tokenizer(tokenizer, directory)
+    takes = inspect.signature(network.forward).parameters
+    saved_tokenizer.save_tokenizer(tokenizer, directory, takes)
     config = model_directory.read_json(directory / "config.json")
     config |= model_directory.rotary_fields(config)
     if isinstance(network.config, JinaBertConfig):

@@ -2,7 +2,8 @@
 
 All cells of a part are in one process: what they hold is freed in between. Sides are those of
 experiments/bench.py: a step from texts to optimizer, at learning rate 0 and without dropout. The
-seconds are those of the better of two steps (one, if it took over 2 s) after a small one. GB are
+seconds are those of the better of two steps (one, if it took over 2 s) after a first one, all over
+different texts: the same again have no new shape for the GPU's libraries to plan for. GB are
 the most that torch's tensors held; `reserved` is what torch had taken for that from the GPU.
 """
 
@@ -83,33 +84,33 @@ def measure(lab: Lab, side: str, name: str, tokens: int, pairs: int, setting: in
     torch._dynamo.reset()
     least = LENGTHS.get(tokens)
     tokens, pairs = lab.tokens(tokens), lab.size(pairs)
-    rows = lab.long_rows(pairs, tokens, least) if least else lab.rows(pairs)
-    few = rows[: bench.WARM_TEXTS // 2]
+    rows = lab.long_rows(3 * pairs, tokens, least) if least else lab.rows(3 * pairs)
+    batches = [rows[i * pairs : (i + 1) * pairs] for i in range(3)]
     precision = "bf16" if lab.cuda else "fp32"
     cell = Cell(side, name, 2, pairs, precision, tokens, setting, turn=0)
-    lines, seconds, opened, at = [], [], None, "opening"
+    lines, seconds, all_losses, opened, at = [], [], [], None, "opening"
     # `printed` puts the loss's other form into `losses`
     with (patch.object(Ranks, "print_rank0", lambda _, line: lines.append(line)),
           patch.multiple(losses, pair_loss=losses.pair_loss,
                          hard_negative_loss=losses.hard_negative_loss)):
         try:
             opened = SIDES[side](cell, lab.directory(name))
-            at = "small step"
-            opened.step(few)
+            at = "step"
+            opened.step(batches[0])
             reset_peak()
-            while len(seconds) < 2 and sum(seconds) < ONCE:
-                at = "step"
-                start = clock()
-                loss = opened.step(rows)
-                seconds.append(clock() - start)
-            found = {"loss": loss, "seconds": seconds, "pairs": pairs, "setting": setting,
+            for rows in batches[1:]:
+                if sum(seconds) < ONCE:
+                    start = clock()
+                    all_losses.append(opened.step(rows))
+                    seconds.append(clock() - start)
+            found = {"loss": all_losses[0], "seconds": seconds, "pairs": pairs, "setting": setting,
                      "pairs_per_s": pairs / min(seconds), **peaks(),
                      "plan": lines[-1].splitlines()[-1] if lines else ""}
             if hasattr(opened, "spent"):
                 found |= {"spent": opened.spent, "tokens": opened.tokens,
                           "padding": 1 - opened.tokens / opened.padded}
             if count:
-                found["operations"] = opened.count(rows)
+                found["operations"] = opened.count(batches[1])
         except RuntimeError as error:
             if not re.search("out of memory|ALLOC_FAILED", str(error)):
                 raise

@@ -2,6 +2,7 @@
 that transformers 4 and 5 open the same one.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, normalizers
@@ -51,8 +52,10 @@ def make_lower_case(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.saved_fields["tokenizer_class"] = "PreTrainedTokenizerFast"
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """saved_fields of the tokenizer: `read_fields` of where it came from."""
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, takes: Iterable[str]
+                   ) -> None:
+    """takes: the names of what its model takes. saved_fields of the tokenizer: `read_fields` of
+    where it came from."""
     if hasattr(tokenizer, "backend_tokenizer"):  # a few have none
         # else tokenizer.json would cut, or pad, everybody's texts
         tokenizer.backend_tokenizer.no_truncation()
@@ -66,5 +69,5 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     for field in ("is_local", "local_files_only"):  # of this machine
         config.pop(field, None)
-    config |= {"padding_side": "right", "model_input_names": tokenizer.model_input_names}
-    write_json(path, config)
+    inputs = [name for name in tokenizer.model_input_names if name in takes]
+    write_json(path, config | {"padding_side": "right", "model_input_names": inputs})
