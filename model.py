@@ -418,8 +418,8 @@ def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrain
     check_weights(name_or_path, report, may_miss=r"pooler\.", may_have=f"{HEADS}|{BUFFERS}")
     pooling = said.pooling or backbone.config.to_dict().get("emb_pooler") or "mean"
     if pooling not in POOLING:
-        raise ValueError(f'model {name_or_path}: emb_pooler "{pooling}" is not built here; '
-                         f'{", ".join(POOLING)} are')
+        raise ValueError(f"model {name_or_path}: pooling by {pooling} is not built here; by "
+                         f"{', '.join(POOLING)} is")
     model_directory.check_widths(said, backbone.config.hidden_size)
     encoder = PooledEncoder(backbone, pooling, said.head, said).eval()
     probe.try_texts(encoder, tokenizer, str(name_or_path))

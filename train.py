@@ -27,8 +27,7 @@ import data
 import losses
 import memory
 import model
-from corpora.formats import prompts_of
-from corpora.prompts import check_prompts, choose_prompts, name_prompts, parse_prompts
+from corpora.prompts import check_prompts, choose_prompts
 from evaluation import metrics
 from plumbing import allocator, checkpoint, model_card, model_directory, run
 from plumbing.check import check_update
@@ -215,11 +214,8 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
 
     # model (§5)
     encoder, tokenizer = open_model(args, resumed, sources, ranks)
-    common, prompts_line = choose_prompts(
-        sources, parse_prompts(args.prompts), prompts_of(encoder.prompts))
+    encoder.prompts, prompts_line = choose_prompts(sources, args.prompts, encoder.prompts)
     ranks.on_rank_0(lambda: check_prompts(sources))
-    if common:  # saved with the model
-        encoder.prompts = name_prompts(common, encoder.prompts)
     ranks.print_rank0(f"{args.model}: {model_directory.describe(encoder)}; {prompts_line}")
     make_micro_batches = partial(data.make_micro_batches, tokenizer, max_length=args.max_length)
     make_micro_batches(["a text"], micro_tokens=args.max_length)  # raises for a bad --max-length

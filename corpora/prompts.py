@@ -24,10 +24,7 @@ def name_prompts(prompts: Prompts, named: dict[str, str]) -> dict[str, str]:
     return named | prompts._asdict() | dict.fromkeys(documents, prompts.document)
 
 
-def describe_prompts(prompts: Prompts | None, whose: str) -> str:
-    """None: they differ."""
-    if prompts is None:
-        return f"prompts by source ({whose}); those of the model's directory are kept as they are"
+def describe_prompts(prompts: Prompts, whose: str) -> str:
     if not any(prompts):
         return "no prompts"
     query, document = map(json.dumps, prompts)
@@ -42,20 +39,23 @@ def with_prompt(prompt: str, text: str) -> str:
     return prompt + text
 
 
-def choose_prompts(sources: list, given: Prompts | None, model: Prompts
-                   ) -> tuple[Prompts | None, str]:
+def choose_prompts(sources: list, given: str | None, named: dict[str, str]
+                   ) -> tuple[dict[str, str], str]:
     """Gives every source its prompts: `given` (--prompts), or else the manifest's, or else the
-    model's. -> those of all sources, None where they differ; and a line that says which and
-    whose."""
-    whose = "the model's"
+    model's, `named`. -> those to save with the model, its own where the sources differ; and a line
+    that says which and whose."""
+    given, whose = parse_prompts(given), "the model's"
     if given:
         whose = "--prompts"
     elif any(source.prompts for source in sources):
         whose = "the manifest's"
     for source in sources:
-        source.prompts = given or source.prompts or model
-    common = sources[0].prompts if len({source.prompts for source in sources}) == 1 else None
-    return common, describe_prompts(common, whose)
+        source.prompts = given or source.prompts or prompts_of(named)
+    chosen = {source.prompts for source in sources}
+    if len(chosen) > 1:
+        return named, f"prompts by source ({whose}); the model's own are kept for others"
+    prompts = chosen.pop()
+    return name_prompts(prompts, named), describe_prompts(prompts, whose)
 
 
 def check_prompts(sources: list) -> None:

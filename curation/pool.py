@@ -20,9 +20,8 @@ from tqdm import tqdm
 
 import memory
 import model
-from corpora.formats import prompts_of
 from corpora.index import is_among
-from corpora.prompts import choose_prompts, parse_prompts, with_prompt
+from corpora.prompts import choose_prompts, with_prompt
 from curation.sources import collection, with_collections
 from curation.work import Work
 from data import MAX_LENGTH, Source
@@ -113,9 +112,8 @@ class Embedder:
             args.max_length = min(MAX_LENGTH, self.tokenizer.model_max_length)
         self.max_length, self.micro_tokens = args.max_length, args.micro_tokens
         self.chunk = args.chunk  # texts embedded and searched at a time
-        own = prompts_of(self.encoder.prompts)
         _, prompts_line = choose_prompts(
-            with_collections(sources), parse_prompts(args.prompts), own)
+            with_collections(sources), args.prompts, self.encoder.prompts)
         print(f"{name}: {model_directory.describe(self.encoder)}; {prompts_line}")
         memory.mixed_precision(self.encoder, memory.choose_precision("auto", device())[0])
 

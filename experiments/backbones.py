@@ -113,7 +113,8 @@ def main() -> None:
             made += [zoo.make_sentence_transformer(folder / "zoo" / name, **fields)
                      for name, fields in DIRECTORIES.items()]
             args.directories = list(map(str, made))
-        rows = [[f"{i} about {text}", f"{text} number {i}"] for i in range(60) for text in TEXTS[:2]]
+        rows = [[f"{i} about {text}", f"{text} number {i}"]
+                for i in range(60) for text in TEXTS[:2]]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "rows.json").write_text('[{"name": "rows", "path": "rows.jsonl"}]')
 

@@ -31,7 +31,6 @@ POOLING = {  # sentence-transformers' fields of 1_Pooling, before its version 6 
     "pooling_mode_lasttoken": "lasttoken", "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean"}
-KNOWN_POOLING = "mean", "cls", "lasttoken"
 # what these files say of an ordinary encoder of texts; another value changes what it computes
 POOLING_FIELDS = {"word_embedding_dimension": ..., "embedding_dimension": ..., "pooling_mode": ...,
                   "include_prompt": True, **dict.fromkeys(POOLING, ...)}
@@ -44,8 +43,6 @@ TRANSFORMER_FIELDS = {
     "document_length": None, "query_expansion": None, "transformer_task": "feature-extraction",
     "module_output_name": "token_embeddings",
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}}
-
-
 # sentence_NAME_config.json, the first that there is, in sentence-transformers' order
 SENTENCE_CONFIGS = "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"
 
@@ -181,19 +178,16 @@ def check_saying(path: Path, more: dict) -> None:
 
 
 def read_pooling(path: Path) -> str:
+    """By name; of several "mean and max", of none "nothing", which no encoder does here."""
     config = read_json(path)
     if not config:
         raise ValueError(f"{path}: no such file, or it is empty")
-    found = config.get("pooling_mode")
-    if not found:  # mean where nothing is said
-        found = [mode for field, mode in POOLING.items()
-                 if config.get(field, mode == "mean" and not any(map(config.get, POOLING)))]
-    modes = found if isinstance(found, list) else [found]
-    if len(modes) != 1 or modes[0] not in KNOWN_POOLING:
-        raise ValueError(f"{path}: pooling by {' and '.join(map(str, modes)) or 'nothing'}; one of "
-                         f"{', '.join(KNOWN_POOLING)} is known here")
     check_fields(path, config, POOLING_FIELDS)
-    return modes[0]
+    modes = config.get("pooling_mode") or [mode for field, mode in POOLING.items()
+                                           if config.get(field)]
+    if not modes and not set(POOLING) & set(config):
+        return "mean"  # sentence-transformers' default
+    return " and ".join(map(str, modes)) or "nothing" if isinstance(modes, list) else str(modes)
 
 
 def read_after(kind: str, folder: Path) -> nn.Module:
