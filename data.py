@@ -256,17 +256,16 @@ class SourceBatches(Iterator):
 
     def state_dict(self) -> dict:
         """JSON-able: the step, how far each source is, and what must be the same to go on."""
-        corpus = [[s.name, s.rate, len(s.train), s.fingerprint,
-                   *([list(s.prompts)] if any(s.prompts or ()) else [])]
-                  for s in self.sources]
+        corpus = [[s.name, s.rate, len(s.train), s.fingerprint] for s in self.sources]
+        prompts = {s.name: list(s.prompts) for s in self.sources if any(s.prompts or ())}
         return {"seed": self.seed, "batch_size": self.batch_size, "negatives": self.negatives,
-                "corpus": corpus, "step": self.step,
+                "corpus": corpus, "prompts": prompts, "step": self.step,
                 "sources": {name: dict(state) for name, state in self.states.items()}}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on where `state` was taken. Raises ValueError when it was taken of other batches."""
-        for what in ("seed", "batch_size", "negatives", "corpus"):
-            then, now = state.get(what), self.state_dict()[what]
+        for what in ("seed", "batch_size", "negatives", "corpus", "prompts"):
+            then, now = state.get(what, {}), self.state_dict()[what]
             if what == "corpus" and then != now:  # the first source that differs
                 then, now = next((a, b) for a, b in zip_longest(then or [], now) if a != b)
             if then != now:
@@ -325,12 +324,13 @@ def make_micro_batches(tokenizer, texts: list, max_length: int, micro_tokens: in
     ValueError for a `max_length` beyond the model's."""
     if not 3 <= max_length <= tokenizer.model_max_length:  # [CLS], one token, [SEP]
         raise ValueError(f"--max-length {max_length}: expected 3 to {tokenizer.model_max_length} "
-                         f"tokens for this model (the least of what its tokenizer, its positions "
-                         f"and sentence_bert_config.json say)")
+                         f"tokens for this model (what its sentence_bert_config.json says, or else "
+                         f"its tokenizer; its positions at most)")
     ids = tokenizer(texts, truncation=True, max_length=max_length,
                     return_attention_mask=False)["input_ids"]
     lengths = [len(x) for x in ids]
-    # all tokens in one array: a tensor for every text would take as long as the tokenizer
+    # all tokens in one array: copying each text into a tensor of its own takes half as long as the
+    # tokenizer
     rows = torch.from_numpy(np.fromiter(chain.from_iterable(ids), np.int64)).split(lengths)
     micro_batches = []
     for index in split_by_length(lengths, micro_tokens, whole):

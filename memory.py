@@ -113,7 +113,7 @@ def mixed_precision(encoder: nn.Module, dtype: torch.dtype) -> LossScale:
     Autocast is entered inside the encoder's own forward, so that whatever wraps the encoder later
     cannot switch it off. In fp16 the gradient is multiplied by S where it enters the encoder and
     divided by S where it reaches a parameter: the loss, the cached gradients, clipping and the
-    optimizer see no scale. -> S.
+    optimizer see no scale. cuDNN's attention is switched off for the process. -> S.
     """
     forward, scaling = encoder.forward, LossScale(dtype)
     # cuDNN plans anew for every new shape, some 45 ms a layer, and every micro-batch has a new one
@@ -333,8 +333,8 @@ def import_deepspeed(device: torch.device):
 
 def equalise(micro_batches: Sequence[MicroBatch], count: int) -> list[MicroBatch]:
     """`count` micro-batches, by halving the largest. Every pass is a collective under ZeRO-2 and 3:
-    a rank with fewer would keep others waiting. Where there are fewer texts than that, a text is
-    passed again that no index asks for, so that its gradient is 0: few backbones take no text."""
+    a rank with fewer would keep others waiting. Where texts run out, one goes through again with an
+    empty index: its gradient is 0, and few backbones take an empty batch."""
     micro_batches = list(micro_batches)
     while len(micro_batches) < count:
         sizes = [len(index) for index, _, _ in micro_batches]

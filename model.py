@@ -28,7 +28,8 @@ from transformers import (AutoModel, AutoModelForTextEncoding, AutoTokenizer, Be
 from transformers.modeling_outputs import BaseModelOutput
 
 try:
-    from plumbing import model_directory, probe, saved_tokenizer  # `load` and `save` need them
+    # `load` and `save` need them
+    from plumbing import files, model_directory, probe, saved_tokenizer
 except ImportError:
     pass  # this is the copy beside some weights
 
@@ -61,6 +62,7 @@ SIZES = {
                   intermediate_size=4096, feed_forward_type="reglu"),
 }
 
+NO_LIMIT = 1 << 30  # tokens of a text: what strict readers take for none
 LONG = 1024  # tokens; above it no tensor of H x T x T numbers is made, forward or backward
 
 
@@ -265,15 +267,14 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def cls_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Ours, as some published models do: the first token's embedding. Shapes as of `mean_pool`."""
-    first = mask.int().argmax(1)
-    return hidden[torch.arange(len(hidden)), first].float()
+    """Ours, as some published models do: the first token's embedding. Padding is on the right; else
+    as `mean_pool`."""
+    return hidden[:, 0].float()
 
 
 def last_token_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """Ours, as decoders do, whose last token alone has seen the others."""
-    last = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)
-    return hidden[torch.arange(len(hidden)), last].float()
+    return hidden[torch.arange(len(hidden)), mask.sum(1) - 1].float()
 
 
 POOLING = {"mean": mean_pool, "cls": cls_pool, "lasttoken": last_token_pool}
@@ -284,16 +285,16 @@ class PooledEncoder(nn.Module):
     attention_mask) -> (B, D).
 
     Ours, for other people's models: pooling is one of POOLING; head: what follows it, layers or a
-    norm; said: what else their directory says (plumbing/model_directory.py). prompts, by name: what
-    is put before texts; not here."""
+    norm; said: what else their directory says (plumbing/model_directory.py). prompts: what callers
+    put before a text, by name; forward does not add them. notes: for `describe` to print."""
 
     def __init__(self, backbone: PreTrainedModel, pooling: str = "mean",
                  head: Iterable[nn.Module] = (), said: "model_directory.Said | None" = None):
         super().__init__()
         self.backbone, self.pooling, self.head = backbone, pooling, nn.Sequential(*head)
         self.said = said
-        self.prompts = dict(said.more.get("prompts") or {}) if said else {}
-        self.notes = []  # what `load` has to say of it, for people
+        self.prompts = said.prompts if said else {}
+        self.notes = []
         # of no use to one pass, and a checkpointed layer would fill a decoder's cache twice
         caches = "use_cache" in inspect.signature(backbone.forward).parameters
         self.options = {"use_cache": False} if caches else {}
@@ -309,8 +310,9 @@ class PooledEncoder(nn.Module):
 # Weights that are no part of an encoder: language-modelling heads, and buffers that old versions
 # saved. Any other unknown weight is part of what the model computes.
 HEADS = (r"^(\w+\.)?(cls|lm_head|lm_loss|mlm|vocab_\w+|generator_\w+|discriminator_\w+|head"
-         r"|decoder|lm_predictions|mask_predictions|pred_layer|predictions|sop_classifier|pooler)\.")
-BUFFERS = r"(position_ids|inv_freq|masked_bias|attn\.bias|final_logits_bias)$"
+         r"|decoder|lm_predictions|mask_predictions|pred_layer|predictions|sop_classifier|pooler)\."
+         r"|^final_logits_bias$")
+BUFFERS = r"(position_ids|inv_freq|masked_bias|attn\.bias)$"
 
 
 def create(size: str) -> PooledEncoder:
@@ -343,11 +345,16 @@ def open_pretrained(said: "model_directory.Said", jina: type, auto: type, **fiel
     if tokenizer.pad_token_id is None:
         raise ValueError(f"model {name}: its tokenizer has no padding token")
     saved_tokenizer.check_tokenizer(name, tokenizer)
-    tokenizer.saved_fields = saved_tokenizer.read_fields(name)  # `write_pretrained` keeps them
+    tokenizer.saved_class = saved_tokenizer.class_name(name)  # `write_pretrained` keeps it
     tokenizer.padding_side = "right"  # as everything here pads
     if said.lower_case:
         saved_tokenizer.make_lower_case(tokenizer)
     is_jina = config.get("position_embedding_type") == "alibi"
+    if not is_jina and "AutoModel" in (config.get("auto_map") or {}):
+        code = config["auto_map"]["AutoModel"]
+        raise ValueError(f"model {name}: names code of its own ({code}), which is not run here; "
+                         f"where transformers' own class computes the same, remove auto_map from "
+                         f"config.json")
     if is_jina:
         check_layout(name, config)
         config.pop("attn_implementation", None)  # of the published code, the same numbers by either
@@ -389,7 +396,7 @@ def longest_text(backbone: PreTrainedModel) -> int:
             return module.num_embeddings - (0 if module.padding_idx is None
                                             else module.padding_idx + 1)
     count = getattr(backbone.config, "max_position_embeddings", None) or 0
-    return count if count > 0 else 1 << 30
+    return count if count > 0 else NO_LIMIT
 
 
 def check_weights(name: str | Path, report: dict, may_miss: str, may_have: str) -> None:
@@ -418,8 +425,9 @@ def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrain
     check_weights(name_or_path, report, may_miss=r"pooler\.", may_have=f"{HEADS}|{BUFFERS}")
     pooling = said.pooling or backbone.config.to_dict().get("emb_pooler") or "mean"
     if pooling not in POOLING:
-        raise ValueError(f"model {name_or_path}: pooling by {pooling} is not built here; by "
-                         f"{', '.join(POOLING)} is")
+        where = "1_Pooling/config.json" if said.pooling else "config.json"
+        raise ValueError(f"{Path(name_or_path) / where}: pooling by {pooling} is not built here; "
+                         f"by {', '.join(POOLING)} is")
     model_directory.check_widths(said, backbone.config.hidden_size)
     encoder = PooledEncoder(backbone, pooling, said.head, said).eval()
     probe.try_texts(encoder, tokenizer, str(name_or_path))
@@ -432,7 +440,7 @@ def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrain
     frozen = {name.rpartition(".")[0] for name, p in encoder.named_parameters()
               if not p.requires_grad}
     if frozen:
-        encoder.notes.append(f"not trained, as no loss reaches it: {', '.join(sorted(frozen))}")
+        encoder.notes.append(f"frozen, as embeddings do not use it: {', '.join(sorted(frozen))}")
     return encoder, tokenizer
 
 
@@ -443,9 +451,9 @@ def write_pretrained(network: PreTrainedModel, tokenizer: transformers.PreTraine
     directory = Path(directory)
     transformers.utils.logging.disable_progress_bar()
     network.save_pretrained(directory)
-    takes = inspect.signature(network.forward).parameters
-    saved_tokenizer.save_tokenizer(tokenizer, directory, takes)
-    config = model_directory.read_json(directory / "config.json")
+    inputs = inspect.signature(network.forward).parameters
+    saved_tokenizer.save_tokenizer(tokenizer, directory, inputs)
+    config = files.read_json(directory / "config.json")
     config |= model_directory.rotary_fields(config)
     if isinstance(network.config, JinaBertConfig):
         # transformers 5 leaves out every field that is at its default.
@@ -454,8 +462,8 @@ def write_pretrained(network: PreTrainedModel, tokenizer: transformers.PreTraine
         config["hidden_act"] = {"geglu": "gelu", "reglu": "relu"}[config["feed_forward_type"]]
         # not copyfile: it may be this very file
         (directory / "model.py").write_bytes(Path(__file__).read_bytes())
-    model_directory.write_json(directory / "config.json", config)
-    model_directory.follow_umask(directory)
+    files.write_json(directory / "config.json", config)
+    files.follow_umask(directory)
 
 
 def save(encoder: PooledEncoder, tokenizer: transformers.PreTrainedTokenizerBase,

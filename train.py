@@ -80,8 +80,8 @@ def argument_parser() -> argparse.ArgumentParser:
         help=f"tokens per text in training; unset: {data.MAX_LENGTH} (ours), or what the model "
              f"takes if that is less")
     add("--prompts", metavar="JSON",
-        help='{"query": "...", "document": "..."}, before every text; unset: the manifest\'s, or '
-             'else the model\'s')
+        help='{"query": "...", "document": "..."}, put before every text; what is left out is '
+             'empty; unset: the manifest\'s, or else the model\'s')
     add = parser.add_argument_group("model.py (§5)").add_argument
     add("--model", default="tiny",
         help=f"directory, hub name, or {' | '.join(model.SIZES)}: random weights (tiny: ours)")
@@ -142,6 +142,9 @@ def open_model(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None,
             module.p = args.dropout
     encoder.to(ranks.device)
     args.max_length = args.max_length or min(data.MAX_LENGTH, tokenizer.model_max_length)
+    if args.micro_tokens != "auto" and args.micro_tokens < args.max_length:
+        raise ValueError(f"--micro-tokens {args.micro_tokens} is less than one text of "
+                         f"{args.max_length} tokens; raise it, or lower --max-length")
     return encoder.train(), tokenizer
 
 
@@ -218,7 +221,6 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
     ranks.on_rank_0(lambda: check_prompts(sources))
     ranks.print_rank0(f"{args.model}: {model_directory.describe(encoder)}; {prompts_line}")
     make_micro_batches = partial(data.make_micro_batches, tokenizer, max_length=args.max_length)
-    make_micro_batches(["a text"], micro_tokens=args.max_length)  # raises for a bad --max-length
     try_length(encoder, tokenizer, args.max_length, chain(*(s.prompts for s in sources)))
     corpus = [(s.name, s.rate, len(s.train), s.fingerprint) for s in sources]
     if not ranks.agree((corpus, sorted(tokenizer.get_vocab().items()))):

@@ -24,7 +24,9 @@ LAYOUTS = {
     "SNLI, MultiNLI": ("sentence1", "sentence2", None),
 }
 SOURCE_FIELDS = "name", "path", "rate", "kind", "eval", "collection", "prompts"
-DOCUMENT = "document", "passage", "corpus"  # sentence-transformers' names, the first that is there
+# Names of a document's prompt, the first that is not empty. (sentence-transformers takes "document"
+# even where it is empty, as it is in what version 6 saves of a model that says "passage".)
+DOCUMENT = "document", "passage", "corpus"
 
 
 class Row(NamedTuple):
@@ -46,9 +48,9 @@ def prompts_of(named: object, only: bool = False) -> Prompts:
     and refused with `only`. Raises ValueError."""
     texts = isinstance(named, dict) and all(isinstance(x, str | None) for x in named.values())
     if not texts or only and set(named) - {"query", *DOCUMENT}:
-        raise ValueError(f'prompts: found {json.dumps(named)[:60]}, expected {{"query": text, '
-                         f'"document": text}}')
-    document = next((named[name] for name in DOCUMENT if named.get(name) is not None), "")
+        raise ValueError(f'found {json.dumps(named)[:60]}, expected {{"query": text, "document": '
+                         f'text}}')
+    document = next((named[name] for name in DOCUMENT if named.get(name)), "")
     return Prompts(named.get("query") or "", document)
 
 
@@ -171,7 +173,7 @@ def read_manifest(path: Path) -> list[dict]:
             try:
                 entry["prompts"] = prompts_of(entry["prompts"], only=True)
             except ValueError as error:
-                raise ValueError(f"{path}, source {number}: {error}") from None
+                raise ValueError(f'{path}, source {number}: field "prompts": {error}') from None
         entries.append({field: entry[field] for field in SOURCE_FIELDS})
     return entries
 

@@ -1,8 +1,10 @@
-"""What is put before a text when it is embedded, as "query: " or "passage: ": whose it is, and that
-it is not there already. Texts are told apart, kept and written without it."""
+"""What is put before a text when it is embedded, as "query: " or "passage: ": which prompts count
+(--prompts, or else the manifest's, or else the model's), and that no text has them already. Texts
+are told apart, kept and written without them."""
 
 import json
-from collections import deque
+from functools import partial
+from pathlib import Path
 
 from corpora.formats import DOCUMENT, Prompts, prompts_of, read_lines, records
 
@@ -13,18 +15,26 @@ def parse_prompts(text: str | None) -> Prompts | None:
         return None
     try:
         return prompts_of(json.loads(text), only=True)
+    except json.JSONDecodeError:
+        reason = 'not JSON; expected {"query": text, "document": text}'
     except ValueError as error:
-        raise ValueError(f"--prompts {text}: {error}") from None
+        reason = error
+    raise ValueError(f"--prompts {text}: {reason}")
 
 
 def name_prompts(prompts: Prompts, named: dict[str, str]) -> dict[str, str]:
-    """sentence-transformers' prompts by name, with these for queries and for documents, whichever
-    of their names is looked for first."""
-    documents = [name for name in DOCUMENT if name in named]
-    return named | prompts._asdict() | dict.fromkeys(documents, prompts.document)
+    """sentence-transformers' prompts by name, with these for queries and documents; where they are
+    new, under a document's other names too."""
+    names = DOCUMENT if prompts != prompts_of(named) else ()
+    others = {name: prompts.document for name in names if name in named}
+    return named | prompts._asdict() | others
 
 
-def describe_prompts(prompts: Prompts, whose: str) -> str:
+def describe_prompts(prompts: Prompts, whose: str, named: dict[str, str]) -> str:
+    """named: the model's, of which others may be meant."""
+    others = [name for name in named if name not in ("query", *DOCUMENT) and named[name]]
+    if not any(prompts) and others:
+        return f"no prompts; the model has {', '.join(others)}, for --prompts to choose"
     if not any(prompts):
         return "no prompts"
     query, document = map(json.dumps, prompts)
@@ -32,8 +42,12 @@ def describe_prompts(prompts: Prompts, whose: str) -> str:
 
 
 def with_prompt(prompt: str, text: str) -> str:
-    """Raises ValueError where the text begins with it already."""
-    if prompt.strip() and text.startswith(prompt.strip()):
+    """Raises ValueError where the text begins with it already: white space at its end aside, but
+    not in the middle of a word."""
+    ends = prompt.rstrip()
+    if ends[-1:].isalnum():
+        ends = prompt
+    if ends and text.startswith(ends):
         raise ValueError(f'"{text[:40]}" already begins with the prompt "{prompt}"; take it out of '
                          f'the text, or give --prompts {{}}')
     return prompt + text
@@ -45,30 +59,46 @@ def choose_prompts(sources: list, given: str | None, named: dict[str, str]
     model's, `named`. -> those to save with the model, its own where the sources differ; and a line
     that says which and whose."""
     given, whose = parse_prompts(given), "the model's"
-    if given:
+    if given is not None:
         whose = "--prompts"
-    elif any(source.prompts for source in sources):
+    elif any(source.prompts is not None for source in sources):
         whose = "the manifest's"
     for source in sources:
-        source.prompts = given or source.prompts or prompts_of(named)
+        if given is not None:
+            source.prompts = given
+        elif source.prompts is None:
+            source.prompts = prompts_of(named)
     chosen = {source.prompts for source in sources}
     if len(chosen) > 1:
         return named, f"prompts by source ({whose}); the model's own are kept for others"
     prompts = chosen.pop()
-    return name_prompts(prompts, named), describe_prompts(prompts, whose)
+    return name_prompts(prompts, named), describe_prompts(prompts, whose, named)
 
 
 def check_prompts(sources: list) -> None:
-    """Raises ValueError naming file and line where a text already begins with its prompt: then it
-    would stand there twice, in training alone."""
+    """Reads all rows. Raises ValueError naming file and line where a text already begins with its
+    prompt."""
     for source in sources:
-        def check(value: object) -> list:
-            for query, positive, negatives, _ in records(value):
-                with_prompt(source.prompts.query, query)
-                for text in (positive, *negatives):
-                    with_prompt(source.prompts.document, text)
-            return []
-
         if any(source.prompts):
             for path in filter(None, (source.path, source.eval)):
-                deque(read_lines(path, check), maxlen=0)
+                check_file(path, source.prompts)
+
+
+def check_file(path: Path, prompts: Prompts) -> None:
+    for _ in read_lines(path, partial(check_line, prompts=prompts)):
+        pass  # it raises
+
+
+def check_line(value: object, prompts: Prompts) -> list:
+    for query, positive, negatives, _ in records(value):
+        with_prompt(prompts.query, query)
+        for text in (positive, *negatives):
+            with_prompt(prompts.document, text)
+    return []
+
+
+def check_length(tokenizer, prompt: str, max_length: int) -> None:
+    """Raises ValueError where a prompt leaves no token to a text."""
+    if prompt and len(tokenizer(prompt)["input_ids"]) >= max_length:
+        raise ValueError(f"the prompt {json.dumps(prompt)} alone fills the {max_length} tokens of "
+                         f"a text; raise --max-length")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import memory
 import model
 from corpora.index import is_among
-from corpora.prompts import choose_prompts, with_prompt
+from corpora.prompts import check_prompts, choose_prompts, with_prompt
 from curation.sources import collection, with_collections
 from curation.work import Work
 from data import MAX_LENGTH, Source
@@ -114,6 +114,7 @@ class Embedder:
         self.chunk = args.chunk  # texts embedded and searched at a time
         _, prompts_line = choose_prompts(
             with_collections(sources), args.prompts, self.encoder.prompts)
+        check_prompts(with_collections(sources))
         print(f"{name}: {model_directory.describe(self.encoder)}; {prompts_line}")
         memory.mixed_precision(self.encoder, memory.choose_precision("auto", device())[0])
 

@@ -16,7 +16,7 @@ import torch
 
 import model
 from corpora.formats import read_lines, read_rows, text_of
-from corpora.prompts import describe_prompts, parse_prompts
+from corpora.prompts import check_file, describe_prompts, parse_prompts
 from evaluation.embed import MAX_LENGTH, MICRO_TOKENS
 from evaluation.metrics import clustering, retrieval, similarity
 from plumbing import model_directory
@@ -68,8 +68,13 @@ def measure(args: argparse.Namespace) -> dict:
                          f"or labels at least")
     encoder, tokenizer = model.load(args.model)
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-    prompts = given or model_directory.own_prompts(encoder, one_sided="pairs" not in args)
-    line = describe_prompts(prompts, "--prompts" if given else "the model's")
+    prompts, whose = given, "--prompts"
+    if given is None:
+        prompts = model_directory.own_prompts(encoder, one_sided=metrics_of is not retrieval)
+        whose = "the model's"
+    if metrics_of is retrieval:
+        check_file(Path(path), prompts)
+    line = describe_prompts(prompts, whose, encoder.prompts)
     print(f"{args.model}: {model_directory.describe(encoder)}; {line}", file=sys.stderr)
     found = metrics_of(encoder, tokenizer, rows, args.max_length, args.micro_tokens, prompts)
     return {"model": args.model, "file": path, **found}
@@ -91,8 +96,8 @@ def main(argv: list[str] | None = None) -> None:
         help=f"tokens of a text; unset: {MAX_LENGTH} (the paper's pre-training length), or what "
              f"the model takes if that is less")
     add("--prompts", metavar="JSON",
-        help='{"query": "...", "document": "..."}, before every text; of sentences and labelled '
-             'texts the query\'s; unset: the model\'s')
+        help='{"query": "...", "document": "..."}, put before every text; --scored and --labelled '
+             'take the query\'s; unset: the model\'s, for these two its default, if any')
     add("--micro-tokens", type=int, default=MICRO_TOKENS,
         help="tokens of a forward pass; ours, for memory only")
     add("--seed", type=int, default=0, help="of k-means; ours")

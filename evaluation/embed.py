@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import data
-from corpora.prompts import with_prompt
+from corpora.prompts import check_length, with_prompt
 
 # Ours: the paper's pre-training length, and the most that an ordinary BERT takes; a JinaBERT takes
 # any
@@ -26,6 +26,7 @@ def embed(encoder: nn.Module, tokenizer, texts: list[str], max_length: int | Non
     """
     device, training = next(encoder.parameters()).device, encoder.training
     max_length = max_length or min(MAX_LENGTH, tokenizer.model_max_length)
+    check_length(tokenizer, prompt, max_length)
     texts = [with_prompt(prompt, text) for text in texts]
     micro_batches = data.make_micro_batches(tokenizer, texts, max_length, micro_tokens)
     encoder.eval()

@@ -9,7 +9,7 @@
 
 The least cosine between `embed` and sentence-transformers' `encode`, `encode_query` and
 `encode_document` of the same texts: as the directory came, and of the directory that two steps of
-train.py saved. "kept" is the largest difference that saving and opening made to the vectors.
+train.py saved. "kept" is the largest difference that opening and saving that once more makes.
 """
 
 import argparse
@@ -82,22 +82,17 @@ def least(a: list, b: list | None) -> str:
     return f"{torch.cat(cosines).min():.6f}"
 
 
-def trained(directory: str, out: Path, manifest: Path) -> tuple[list, list]:
-    """Vectors after two steps, and those of what was saved."""
-    encoders = []
-
-    def keep(name: str):
-        encoders.append(load(name))
-        return encoders[-1]
-
-    load, model.load = model.load, keep
+def trained(directory: str, out: Path, manifest: Path) -> Path:
+    """Two steps -> what they saved. Raises ValueError where they did not end well."""
+    flags = ["--model", directory, "--sources", manifest, "--batch-size", 16, "--steps", 2,
+             "--precision", "fp32", "--lr", 1e-2, "--out", out]
+    said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            train.main(["--model", directory, "--sources", str(manifest), "--batch-size", "16",
-                        "--steps", "2", "--precision", "fp32", "--lr", "1e-2", "--out", str(out)])
-    finally:
-        model.load = load
-    return ours(*encoders[0]), ours(*load(out / "model"))
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            train.main([str(flag) for flag in flags])
+    except SystemExit:
+        raise ValueError(said.getvalue().splitlines()[-1]) from None
+    return out / "model"
 
 
 def main() -> None:
@@ -118,25 +113,30 @@ def main() -> None:
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "rows.json").write_text('[{"name": "rows", "path": "rows.jsonl"}]')
 
-        came, kept = {}, {}
-        for directory in args.directories:
-            name, out = Path(directory).name, folder / "runs" / Path(directory).name
+        vectors, saved = {}, {}  # of all directories; and of those that came, where they are saved
+        for number, directory in enumerate(args.directories):
             try:
-                came[directory] = name, ours(*model.load(directory))
-                kept[directory] = (str(out / "model"), *trained(
-                    directory, out, folder / "rows.json"))
+                before = ours(*model.load(directory))
+                out = trained(directory, folder / "runs" / str(number), folder / "rows.json")
+                opened = model.load(out)
+                model.save(*opened, folder / "again" / str(number))
+                again = str(folder / "again" / str(number))
+                vectors |= {directory: before, str(out): ours(*opened),
+                            again: ours(*model.load(again))}
+                saved[directory] = str(out), again
             except (OSError, ValueError) as error:
                 print(error)
         versions = [None, args.old] if args.old else [None]
-        before = [theirs(list(came), folder / "before.pt", overlay) for overlay in versions]
-        after = [theirs([saved for saved, *_ in kept.values()], folder / "after.pt", overlay)
-                 for overlay in versions]
+        theirs_of = [theirs([x for x in vectors], folder / "theirs.pt", overlay)
+                     for overlay in versions]
         lines = []
-        for directory, (name, vectors) in came.items():
-            saved, in_memory, opened = kept[directory]
-            change = max(float((a - b).abs().max()) for a, b in zip(in_memory, opened))
-            lines.append((name, *(least(vectors, found.get(directory)) for found in before),
-                          f"{change:.0e}", *(least(opened, found.get(saved)) for found in after)))
+        for directory, (out, again) in saved.items():
+            change = max(float((a - b).abs().max())
+                         for a, b in zip(vectors[out], vectors[again]))
+            lines.append((
+                Path(directory).name,
+                *(least(vectors[directory], found.get(directory)) for found in theirs_of),
+                f"{change:.0e}", *(least(vectors[out], found.get(out)) for found in theirs_of)))
         names = ["installed", "old"][: len(versions)]
         print(lines_of(("directory", *(f"as it came, {name}" for name in names), "kept",
                         *(f"trained and saved, {name}" for name in names)), lines))

@@ -1,5 +1,7 @@
-"""A folder is written whole or not at all: under another name, until every byte is on disk."""
+"""A folder is written whole or not at all: under another name, until every byte is on disk. And
+JSON files."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -37,3 +39,29 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def read_json(path: Path, kind: type = dict) -> dict | list | None:
+    """An object, or of another kind; None where there is no file. Raises ValueError naming it."""
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, kind):
+        raise ValueError(f"{path}: found {json.dumps(found)[:40]}, expected "
+                         f"{'an object' if kind is dict else 'a list'}")
+    return found
+
+
+def write_json(path: Path, value: dict | list) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def follow_umask(directory: Path) -> None:
+    """safetensors writes files that their owner alone can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in directory.rglob("*.safetensors"):
+        path.chmod(0o666 & ~mask)

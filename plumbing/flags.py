@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-import data
 import memory
 import model
 from corpora.prompts import parse_prompts
@@ -40,7 +39,3 @@ def check_flags(args: argparse.Namespace, device: torch.device) -> None:
     if args.zero is not None:
         memory.read_zero(args.zero)
     parse_prompts(args.prompts)
-    longest = args.max_length or data.MAX_LENGTH
-    if args.micro_tokens != "auto" and args.micro_tokens < longest:
-        raise ValueError(f"--micro-tokens {args.micro_tokens} is less than one text of {longest} "
-                         f"tokens; raise it, or give a lower --max-length")

@@ -7,11 +7,10 @@
     sentence_bert_config.json          the longest text, lower case
 
 What changes a vector is used or refused by name; the rest is carried over to the next save. Nothing
-here knows the backbone, or how it is trained.
+here knows how the model is trained.
 """
 
 import json
-import os
 from collections import OrderedDict
 from functools import cache
 from pathlib import Path
@@ -19,25 +18,27 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from corpora.formats import Prompts, prompts_of
 from corpora.prompts import name_prompts
+from plumbing.files import follow_umask, read_json, write_json
 
-POOLING = {  # sentence-transformers' fields of 1_Pooling, before its version 6 and since
+POOLING_FLAGS = {  # sentence-transformers' fields of 1_Pooling, before its version 6 and since
     "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "lasttoken", "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean"}
 # what these files say of an ordinary encoder of texts; another value changes what it computes
-POOLING_FIELDS = {"word_embedding_dimension": ..., "embedding_dimension": ..., "pooling_mode": ...,
-                  "include_prompt": True, **dict.fromkeys(POOLING, ...)}
-AFTER_FIELDS = {"in_features": ..., "out_features": ..., "bias": ..., "activation_function": ...,
+KNOWN_POOLING = {"word_embedding_dimension": ..., "embedding_dimension": ..., "pooling_mode": ...,
+                  "include_prompt": True, **dict.fromkeys(POOLING_FLAGS, ...)}
+KNOWN_HEAD = {"in_features": ..., "out_features": ..., "bias": ..., "activation_function": ...,
                 "module_input_name": "sentence_embedding",
                 "module_output_name": "sentence_embedding", "use_residual": False}
-TRANSFORMER_FIELDS = {
+KNOWN_TRANSFORMER = {
     "max_seq_length": ..., "do_lower_case": ..., "unpad_inputs": ..., "model_args": {},
     "tokenizer_args": {}, "config_args": {}, "processing_kwargs": {}, "query_length": None,
     "document_length": None, "query_expansion": None, "transformer_task": "feature-extraction",
@@ -56,6 +57,7 @@ class Said(NamedTuple):
     max_length: int | None = None
     lower_case: bool = False
     similarity: str = "cosine"
+    prompts: dict[str, str] = {}  # by name
     more: dict = {}  # all of config_sentence_transformers.json
 
 
@@ -90,20 +92,6 @@ def download(name: str) -> Path:
         ignore_patterns=["*.h5", "*.onnx", "*.msgpack", "*.ot"]))
 
 
-def read_json(path: Path, kind: type = dict) -> dict | list | None:
-    """An object, or of another kind; None where there is no file. Raises ValueError naming it."""
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, kind):
-        raise ValueError(f"{path}: found {json.dumps(found)[:40]}, expected "
-                         f"{'an object' if kind is dict else 'a list'}")
-    return found
-
-
 def check_fields(path: Path, found: dict, known: dict) -> None:
     """Raises ValueError for a field that is not known, or has another value than the known one
     (...: any)."""
@@ -123,6 +111,7 @@ def read(name: str) -> Said:
     check_adapter(name, root)
     modules = read_json(root / "modules.json", list)
     if modules is None:
+        check_bare(name, root)
         return Said(name)
     try:
         kinds = [str(one["type"]) for one in modules]
@@ -142,12 +131,30 @@ def read(name: str) -> Said:
     if more.get("model_type", "SentenceTransformer") != "SentenceTransformer":
         raise ValueError(f"model {name}: is a {more['model_type']}, not a SentenceTransformer")
     check_adapter(name, folders[0])
-    check_saying(root / "config_sentence_transformers.json", more)
-    head = tuple(read_after(kind, folder) for kind, folder in zip(kinds[2:], folders[2:]))
+    check_sentence_config(root / "config_sentence_transformers.json", more)
+    head = tuple(read_head_module(kind, folder) for kind, folder in zip(kinds[2:], folders[2:]))
     length, lower_case = read_transformer(folders[0])
     encoder = name if folders[0] == root else str(folders[0])
     return Said(encoder, read_pooling(folders[1] / "config.json"), head, length, lower_case,
-                more.get("similarity_fn_name") or "cosine", more)
+                more.get("similarity_fn_name") or "cosine", read_prompts(more), more)
+
+
+def check_bare(name: str, root: Path) -> None:
+    """Raises ValueError where there is no modules.json, but should be."""
+    for found in ("1_Pooling", "config_sentence_transformers.json"):
+        if (root / found).exists():
+            raise ValueError(f"model {name}: has {found}, but no modules.json that says it counts; "
+                             f"add that, or remove {found}")
+    if Path(name).is_dir():
+        return
+    try:
+        hf_hub_download(name, "modules.json")
+    except LocalEntryNotFoundError:  # and no network to ask
+        if try_to_load_from_cache(name, "modules.json") is None:
+            raise ValueError(f"model {name}: its modules.json was never asked for, so its pooling "
+                             f"is not known; open it once with a network") from None
+    except EntryNotFoundError:
+        pass
 
 
 def read_encoder(name: str) -> Said:
@@ -163,18 +170,25 @@ def check_adapter(name: str, folder: Path) -> None:
                          f"(merge_and_unload of peft) and give that")
 
 
-def check_saying(path: Path, more: dict) -> None:
+def check_sentence_config(path: Path, more: dict) -> None:
     """Raises ValueError where config_sentence_transformers.json says what is not done here."""
     try:
         prompts_of(more.get("prompts") or {})
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f'{path}: field "prompts": {error}') from None
     default, prompts = more.get("default_prompt_name"), more.get("prompts") or {}
-    if default is not None and default not in prompts:
+    if default is not None and default not in list(prompts):
         raise ValueError(f'{path}: field "default_prompt_name": found {json.dumps(default)}, which '
                          f'is none of its prompts')
     if more.get("truncate_dim") is not None:
         raise ValueError(f'{path}: field "truncate_dim": vectors are not cut here; remove it')
+
+
+def read_prompts(more: dict) -> dict[str, str]:
+    """By name, "document" among them: sentence-transformers always has one, and looks for it
+    first."""
+    prompts = {name: prompt or "" for name, prompt in (more.get("prompts") or {}).items()}
+    return name_prompts(prompts_of(prompts), prompts) if prompts else {}
 
 
 def read_pooling(path: Path) -> str:
@@ -182,19 +196,22 @@ def read_pooling(path: Path) -> str:
     config = read_json(path)
     if not config:
         raise ValueError(f"{path}: no such file, or it is empty")
-    check_fields(path, config, POOLING_FIELDS)
-    modes = config.get("pooling_mode") or [mode for field, mode in POOLING.items()
-                                           if config.get(field)]
-    if not modes and not set(POOLING) & set(config):
+    check_fields(path, config, KNOWN_POOLING)
+    flags = set(POOLING_FLAGS) & set(config)
+    if not flags and "pooling_mode" not in config:
         return "mean"  # sentence-transformers' default
-    return " and ".join(map(str, modes)) or "nothing" if isinstance(modes, list) else str(modes)
+    modes = config.get("pooling_mode", [])
+    modes = modes if isinstance(modes, list) else [modes]
+    modes += [POOLING_FLAGS[flag] for flag in POOLING_FLAGS
+              if config.get(flag) and POOLING_FLAGS[flag] not in modes]
+    return " and ".join(map(str, modes)) or "nothing"
 
 
-def read_after(kind: str, folder: Path) -> nn.Module:
+def read_head_module(kind: str, folder: Path) -> nn.Module:
     """A Dense or Normalize."""
     path = folder / "config.json"
     config = read_json(path) or {}
-    check_fields(path, config, AFTER_FIELDS)
+    check_fields(path, config, KNOWN_HEAD)
     if kind == "Normalize":
         return Normalize()
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
@@ -235,7 +252,7 @@ def read_transformer(folder: Path) -> tuple[int | None, bool]:
         config = read_json(path)
         if config is None:
             continue
-        check_fields(path, config, TRANSFORMER_FIELDS)
+        check_fields(path, config, KNOWN_TRANSFORMER)
         length = config.get("max_seq_length")
         if length is not None and (type(length) is not int or length < 3):
             raise ValueError(f'{path}: field "max_seq_length": found {json.dumps(length)}, '
@@ -248,12 +265,13 @@ def read_transformer(folder: Path) -> tuple[int | None, bool]:
     return None, False
 
 
-# saying
+# describing
 
 def describe(encoder: nn.Module) -> str:
-    """A line on what is not the paper's, and whose it is."""
+    """A line on how a text becomes a vector, and whose choice that is."""
     said = encoder.said or Said("")
-    parts = [f"{encoder.pooling} pooling ({'the model' if said.pooling else 'the paper'}'s)"]
+    paper = encoder.pooling == "mean" and not said.pooling
+    parts = [f"{encoder.pooling} pooling ({'the paper' if paper else 'the model'}'s)"]
     for module in encoder.head:
         if isinstance(module, Dense):
             parts.append(f"Dense {module.linear.in_features} -> {module.linear.out_features}, "
@@ -291,7 +309,7 @@ def write(directory: Path, encoder: nn.Module, max_length: int) -> None:
         (directory / path).mkdir(exist_ok=True)
     write_json(directory / "1_Pooling" / "config.json", {
         "word_embedding_dimension": encoder.backbone.config.hidden_size,
-        **{field: mode == encoder.pooling for field, mode in POOLING.items()},
+        **{field: mode == encoder.pooling for field, mode in POOLING_FLAGS.items()},
         "include_prompt": True})
     for (path, _), module in zip(modules[2:], head):
         if isinstance(module, Dense):
@@ -303,15 +321,10 @@ def write(directory: Path, encoder: nn.Module, max_length: int) -> None:
                 "activation_function": f"{kind.__module__}.{kind.__name__}"})
             weights = {name: x.contiguous() for name, x in module.state_dict().items()}
             save_file(weights, directory / path / "model.safetensors", {"format": "pt"})
-    # without a limit: what a strict reader takes for none
-    length = max_length if max_length < 1 << 30 else 1 << 30
-    write_json(directory / "sentence_bert_config.json",
-               {"max_seq_length": length, "do_lower_case": said.lower_case})
-    prompts = {name: prompt or "" for name, prompt in encoder.prompts.items()}
-    if prompts:  # sentence-transformers always has a "document", and looks for it first
-        prompts = name_prompts(prompts_of(prompts), prompts)
+    write_json(directory / "sentence_bert_config.json",  # no reader's integer is as large as 1e30
+               {"max_seq_length": min(max_length, 1 << 30), "do_lower_case": said.lower_case})
     write_json(directory / "config_sentence_transformers.json", said.more | {
-        "prompts": prompts, "default_prompt_name": said.more.get("default_prompt_name"),
+        "prompts": encoder.prompts, "default_prompt_name": said.more.get("default_prompt_name"),
         "similarity_fn_name": said.similarity})
     follow_umask(directory)
 
@@ -325,15 +338,3 @@ def rotary_fields(config: dict) -> dict:
     return {f"{name}_rope_theta": rope[f"{kind}_attention"]["rope_theta"]
             for name, kind in (("global", "full"), ("local", "sliding"))
             if f"{kind}_attention" in rope and config["model_type"] == "modernbert"}
-
-
-def write_json(path: Path, value: dict | list) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def follow_umask(directory: Path) -> None:
-    """safetensors writes files that their owner alone can read."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in directory.rglob("*.safetensors"):
-        path.chmod(0o666 & ~mask)

@@ -1,14 +1,16 @@
-"""Looks whether texts go through an encoder, instead of guessing it from names: other people's
-models have positions that begin late, tokenizers with too many entries, parts that no loss reaches.
+"""Tries whether texts go through an encoder. Names do not tell: other people's models have
+positions that begin late, tokenizers with too many entries, parts that no loss reaches.
 """
 
-import json
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+
+import data
+from corpora.prompts import check_length
 
 
 def try_texts(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -50,10 +52,9 @@ def try_length(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, max_lengt
                prompts: Iterable[str]) -> None:
     """Passes one text of max_length tokens forward. Raises ValueError where that is more than the
     model takes, or leaves no token beside one of the prompts."""
+    data.make_micro_batches(tokenizer, ["a text"], max_length, max_length)  # raises
     for prompt in prompts:
-        if len(tokenizer(prompt)["input_ids"]) >= max_length:
-            raise ValueError(f"the prompt {json.dumps(prompt)} alone fills the {max_length} tokens "
-                             f"of a text; raise --max-length")
+        check_length(tokenizer, prompt, max_length)
     device = next(encoder.parameters()).device
     input_ids = tokenizer("a text", return_tensors="pt")["input_ids"].to(device)
     input_ids = input_ids.repeat(1, max_length)[:, :max_length]

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
+from transformers import (AutoModelForSequenceClassification, BertConfig,
+                          BertForSequenceClassification, BertModel, BertTokenizer)
 
 import model
 from curation import cross_encoder
+from tests import zoo
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the weather in berlin is cold nothing at all".split()
 PAIRS = [("the weather", "in berlin is cold"), ("berlin", "nothing at all")]
@@ -146,6 +148,11 @@ def without_a_weight(state):
     return {name: p for name, p in state.items() if name != "bert.encoder.layer.1.mlp.wo.bias"}
 
 
+def is_of(architecture, whole):
+    """Another family's model, with its tokenizer."""
+    return lambda directory: zoo.make(architecture, directory, whole, num_labels=1)
+
+
 def encoder_with_an_unknown_weight(directory):
     make_jina_encoder(directory)
     rewrite_weights(directory, lambda s: s | {"encoder.layer.0.norm_q.weight": torch.ones(128)})
@@ -164,6 +171,13 @@ REFUSED = {  # what happens to a saved cross-encoder's directory, what opens it,
                             "bert.encoder.layer.1.mlp.wo.bias"),
     "a published reranker's pooler": (partial(rewrite_weights, change=lambda s: s | {
         "bert.pooler.dense.bias": torch.ones(128)}), LOAD, ValueError, "bert.pooler.dense.bias"),
+    "an adapter": (lambda directory: (directory / "adapter_config.json").write_text("{}"), LOAD,
+                   ValueError, "LoRA"),
+    "a BART": (is_of("bart", "BartForSequenceClassification"), LOAD, ValueError, "has a decoder"),
+    "a T5": (is_of("t5", "T5ForSequenceClassification"), LOAD, ValueError, "has a decoder"),
+    "a BART without a head": (is_of("bart", "BartModel"), NEW_HEAD, ValueError, "has a decoder"),
+    "a T5 without a head": (is_of("t5", "T5Model"), NEW_HEAD, ValueError, "has a decoder"),
+    "a T5's encoder": (is_of("t5", "T5EncoderModel"), NEW_HEAD, ValueError, "decoder"),
     "nothing there": (shutil.rmtree, LOAD, OSError, "neither a directory"),
     "an encoder with an unknown weight": (encoder_with_an_unknown_weight, NEW_HEAD, ValueError,
                                           "encoder.layer.0.norm_q.weight"),
@@ -185,6 +199,47 @@ def test_what_is_no_cross_encoder_or_no_encoder_is_refused_in_one_line(case, sav
         opens(directory)
     assert str(error.value).startswith(f"model {directory}: ") and "\n" not in str(error.value)
     assert says.format(directory) in str(error.value)
+
+
+# other people's directories
+
+@pytest.mark.parametrize("new_head", [True, False])
+def test_a_directory_s_lower_case_and_length_hold_and_are_saved(new_head, tmp_path):
+    """Of an encoder in a folder of its own, and of a reranker. The tokenizer itself knows no
+    capital letters, and takes 512 tokens."""
+    directory = folder = tmp_path / "st"
+    says = {"max_seq_length": 9, "do_lower_case": True}
+    if new_head:
+        zoo.make_sentence_transformer(directory, encoder="0_Transformer", transformer=says)
+        folder = directory / "0_Transformer"
+    else:
+        zoo.make("bert", directory, "BertForSequenceClassification", num_labels=1)
+        zoo.write(directory / "sentence_bert_config.json", says)
+    cased = BertTokenizer(vocab=zoo.wordpiece().get_vocab(), do_lower_case=False)
+    cased.save_pretrained(folder)
+    network, tokens = cross_encoder.load(directory, new_head)
+    prefix, state = "bert." if new_head else "", network.state_dict()
+    assert all(torch.equal(state[prefix + name], p) for name, p in weights_of(folder).items())
+    cross_encoder.save(network, tokens, tmp_path / "saved")
+    for tokens in (tokens, cross_encoder.load(tmp_path / "saved")[1]):
+        assert tokens.model_max_length == 9
+        assert tokens("A Bc", "D")["input_ids"] == zoo.wordpiece()("a bc", "d")["input_ids"]
+
+
+@pytest.mark.parametrize("new_head", [True, False])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gpt2"])
+def test_a_decoder_s_logit_is_of_the_last_token_though_its_config_knows_no_padding(
+        architecture, new_head, tmp_path):
+    """A batch gives the logits of each pair alone, also when saved and opened by transformers."""
+    whole = "" if new_head else zoo.ARCHITECTURES[architecture][0] + "ForSequenceClassification"
+    directory = zoo.make(architecture, tmp_path / "d", whole, pad_token_id=None, num_labels=1)
+    assert json.loads((directory / "config.json").read_text())["pad_token_id"] is None
+    network, tokens = cross_encoder.load(directory, new_head)
+    cross_encoder.save(network, tokens, tmp_path / "saved")
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    alone = torch.cat([logits(network, tokens, [pair]) for pair in PAIRS])
+    for one in (network, saved.eval()):
+        assert torch.allclose(logits(one, tokens), alone, atol=1e-5, rtol=0)
 
 
 # what opens it elsewhere: in a process of its own, in another folder

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import losses
 import memory
 from losses import hard_negative_loss, pair_loss
 from plumbing import allocator, plan
@@ -338,6 +340,39 @@ def test_without_fp16_the_scale_is_1_and_never_grows():
     scaling = memory.LossScale(torch.bfloat16)
     assert all(scaling.survives(1.0) for _ in range(4000))
     assert scaling.scale == 1 and scaling.skipped == 0
+
+
+# what it does for a GPU
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_goes_without_cudnn_in_any_precision(dtype):
+    """It plans anew for every new shape, and every micro-batch has one."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        memory.mixed_precision(small_encoder(), dtype)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_the_loss_makes_tiles_of_the_size_that_suits_the_device(monkeypatch):
+    """8 x 8 logits in tiles of 3, or of 5 on a GPU where there is one."""
+    assert losses.TILE.keys() >= {"cpu", "cuda"}
+    monkeypatch.setattr(losses, "TILE", {"cpu": 3, "cuda": 5})
+    made = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.mm.default:
+                made.append(tuple(result.shape))
+            return result
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with Products():
+        pair_loss(*torch.ones(2, 8, 4, device=device), 0.05)
+    assert max(made) == (losses.TILE[device], losses.TILE[device])
 
 
 # what it is told, and by whom

@@ -28,7 +28,7 @@ from evaluation.embed import embed
 from plumbing import model_directory
 from plumbing.files import publish
 from tests import zoo
-from tests.test_directories import CLS, IDENTITY, LAST, MODEL, POOLED, near
+from tests.test_directories import CLS, IDENTITY, LAST, MODEL, POOLED, SPECIAL, make_llama, near
 from tests.test_model import elsewhere, gelu, relu, slow_embedding, small, tokenizer
 
 TEXTS = [*zoo.TEXTS, "A Text of CAPITALS"]
@@ -319,7 +319,8 @@ OLD = os.environ.get("OLD_TRANSFORMERS")  # a folder with transformers 4 and wha
 @pytest.mark.skipif(not OLD, reason="OLD_TRANSFORMERS names no folder")
 def test_transformers_4_opens_what_transformers_5_has_saved(directories, tmp_path):
     """A JinaBERT, every kind of directory, and every architecture; Llamas with special tokens,
-    which version 5 writes as a list, and with positions of another base, scaled or not."""
+    which version 5 writes as a list, with others around a text, and with positions of another base,
+    scaled or not."""
     model.save(small(), tokenizer(), tmp_path / "jina")
     saved = [tmp_path / "jina", *(after for _, after in directories.values())]
     tokens = zoo.decoder()
@@ -332,6 +333,9 @@ def test_transformers_4_opens_what_transformers_5_has_saved(directories, tmp_pat
         tokens.save_pretrained(llama)
         saved.append(tmp_path / f"llama-{kind}")
         model.save(*model.load(llama), saved[-1])
+    for case in SPECIAL:
+        saved.append(tmp_path / f"llama, {case}")
+        model.save(*model.load(make_llama(tmp_path / case, *SPECIAL[case])), saved[-1])
     version = elsewhere(tmp_path, VERSION, path=OLD)
     assert version.startswith("4.")
     found = by_sentence_transformers(tmp_path, saved, path=OLD)

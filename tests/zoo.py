@@ -56,6 +56,13 @@ def decoder() -> transformers.PreTrainedTokenizerBase:
     return byte_level("<pad> <end>", "", "<end>", 131072, pad_token="<pad>", eos_token="<end>")
 
 
+def llama_like(before: str, after: str) -> transformers.PreTrainedTokenizerBase:
+    """Bytes between <s> and </s>, tokens 1 and 2, or where they are "", without; the padding is
+    token 0."""
+    return byte_level("<pad> <s> </s>", before, after, 600, pad_token="<pad>", bos_token="<s>",
+                      eos_token="</s>")
+
+
 def unigram() -> transformers.PreTrainedTokenizerBase:
     """T5's: text </s>, with a "_" for a space."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
@@ -103,14 +110,15 @@ ARCHITECTURES = {
 }
 
 
-def make(architecture: str, directory: Path, **fields) -> Path:
-    """A directory as transformers writes it. fields: more for its config.json. Weights of deviation
-    0.1: at 0.02 all texts would have nearly one vector."""
+def make(architecture: str, directory: Path, whole: str = "", **fields) -> Path:
+    """A directory as transformers writes it. whole: a class of the family with more than the
+    encoder. fields: more for its config.json. Weights of deviation 0.1: at 0.02 all texts would
+    have nearly one vector."""
     kind, tokenizer, sizes = ARCHITECTURES[architecture]
     tokens = tokenizer()
     config_class = getattr(transformers, kind.removesuffix("Encoder") + "Config")
     torch.manual_seed(1)
-    backbone = getattr(transformers, f"{kind}Model")(
+    backbone = getattr(transformers, whole or f"{kind}Model")(
         config_class(**{"vocab_size": len(tokens), **sizes, **fields}))
     for parameter in backbone.parameters():
         if parameter.ndim > 1:
