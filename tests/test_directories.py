@@ -257,8 +257,8 @@ def test_a_roberta_of_514_positions_takes_512_tokens(folder, monkeypatch, capsys
 
 
 def test_a_tokenizer_that_cuts_and_pads_by_itself_does_so_no_more(tmp_path):
-    """As MiniLM's tokenizer.json, whatever else the directory says. Nor when it is saved, though
-    we have just cut texts ourselves."""
+    """As MiniLM's tokenizer.json, whatever else the directory says. Nor when it is saved, though it
+    has just cut and padded texts for somebody."""
     directory = zoo.make("bert", tmp_path / "bert")
     before, path = opened(directory), str(directory / "tokenizer.json")
     tokens = Tokenizer.from_file(path)
@@ -267,6 +267,7 @@ def test_a_tokenizer_that_cuts_and_pads_by_itself_does_so_no_more(tmp_path):
     tokens.save(path)
     encoder, tokens = model.load(directory)
     assert torch.equal(embed(encoder, tokens, TEXTS), before)
+    tokens(TEXTS, padding=True, truncation=True, max_length=9)
     model.save(encoder, tokens, tmp_path / "saved")
     saved = read(tmp_path / "saved" / "tokenizer.json")
     assert saved["padding"] is None and saved["truncation"] is None
