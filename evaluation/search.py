@@ -5,7 +5,7 @@ pool, from 0 on; a position is one among search results, from 1 on. Axis letters
 of a pool, k of a chunk, C nearest ones, D width. Nothing here knows what the texts are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evaluation.metrics import SCORES_AT_ONCE, TIE
 
-Chunks = list[Path | np.ndarray]
+Chunks = Iterable[Path | np.ndarray]  # taken once, one at a time: they may be made on the way
 Cells = tuple[np.ndarray, np.ndarray]  # (which queries, which indices in a pool), a cell each
 
 
@@ -50,14 +50,23 @@ def positions(q: Tensor, own: Tensor, chunks: Chunks, excluded: Cells) -> np.nda
 
 
 def nearest(
-    q: Tensor, chunks: Chunks, count: int, excluded: Cells
+    q: Tensor, chunks: Chunks, count: int, excluded: Cells, order: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest texts of a pool, the nearest first; of equal ones at the end of the list, those
-    that torch.topk gives. -> indices (M, C), cosines (M, C), -inf where a pool has no more."""
-    best = torch.full((len(q), count), -torch.inf, device=q.device)
+    """The nearest texts of a pool, the nearest first. -> indices (M, C), cosines (M, C), -inf where
+    a pool has no more.
+
+    order: unset, torch.topk chooses among equal cosines. Or (K,), the numbers 0 .. K - 1: cosines
+    are rounded to TIE, and of equal ones the text with the higher number comes first."""
+    dtype = torch.float32 if order is None else torch.float64
+    best = torch.full((len(q), count), -torch.inf, dtype=dtype, device=q.device)
     index = torch.zeros_like(best, dtype=torch.long)
     for rows, first, block in blocks(q, chunks, excluded):
+        if order is not None:  # whole TIEs, and fractions that order equal ones
+            fraction = torch.from_numpy(order[first : first + block.shape[1]] / len(order))
+            block = block.double().div_(TIE).round_().add_(fraction.to(q.device))
         top = block.topk(min(count, block.shape[1]))
-        best[rows], order = torch.cat([best[rows], top.values], 1).topk(count)
-        index[rows] = torch.cat([index[rows], top.indices + first], 1).gather(1, order)
+        best[rows], column = torch.cat([best[rows], top.values], 1).topk(count)
+        index[rows] = torch.cat([index[rows], top.indices + first], 1).gather(1, column)
+    if order is not None:
+        best = best.floor().mul_(TIE)
     return index.cpu().numpy(), best.cpu().numpy()

@@ -58,6 +58,21 @@ def test_the_nearest_are_the_first_of_all_sorted_cosines_however_they_are_cut(si
         assert len(set(positions[i, there])) == there.sum()
 
 
+@pytest.mark.parametrize("size", [1, 2, 50])
+def test_an_order_decides_between_equal_cosines_however_they_are_cut(size):
+    """The third text is the query; the cosines of the first two, 0.6 and 0.6 + 6e-8, are equal to
+    TIE, and those of fifty others 0. Of two results, the second is the one of the first two with
+    the higher number, next to each other though these are."""
+    texts = np.float32([[0.6, 0.8], [0.60000006, 0.8], [1, 0], *[[0, 1]] * 50])
+    pieces = [texts[i : i + size] for i in range(0, 53, size)]
+    nothing = np.empty(0, int), np.empty(0, int)
+    for order, expected in ([1, 0], [2, 0]), ([0, 1], [2, 1]):
+        order = np.array([*order, *range(2, 53)])
+        index, cosines = search.nearest(plane([0.0]), iter(pieces), 2, nothing, order)
+        assert index.tolist() == [expected]
+        assert cosines.tolist() == [pytest.approx([1, 0.6], abs=1e-9)]
+
+
 def test_chunks_may_be_files(tmp_path):
     """As `curation` keeps them."""
     files = [tmp_path / f"{i}.npy" for i in range(6)]
