@@ -1,14 +1,16 @@
-"""The metrics of an encoder on a file of yours, as one JSON line.
+"""The metrics of an encoder on a file of yours, or on a collection of BEIR's, as one JSON line.
 
     --pairs     a query and its target, among all targets    recall@1, recall@10, MRR, nDCG@10
     --scored    two sentences and a human score              Spearman's correlation of cosine, score
     --labelled  a text and its class                         V-measure of k-means clusters
+    --beir      queries, documents, graded judgements        nDCG@10, recall@100, MRR@10
 """
 
 import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 import model
 from corpora.formats import read_lines, read_rows, text_of
 from corpora.prompts import check_file, describe_prompts, parse_prompts
+from evaluation import beir
 from evaluation.embed import MAX_LENGTH, MICRO_TOKENS
 from evaluation.metrics import clustering, retrieval, similarity
 from plumbing import model_directory
@@ -50,10 +53,10 @@ def parse_field(name: str, value: object, kind: str) -> str | int | float:
     return str(value) if str in KINDS[kind] else value
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """Reads the one file that is given, opens the model and measures it. Raises OSError or
-    ValueError, one line each."""
-    given = parse_prompts(args.prompts)  # raises, before the model opens
+def read(args: argparse.Namespace) -> tuple[str, list | beir.Collection, Callable]:
+    """The file or directory that is given, what is in it, and what measures an encoder on that."""
+    if "beir" in args:
+        return args.beir, beir.read(args.beir, args.split), beir.retrieval
     if "pairs" in args:
         path, rows, metrics_of = args.pairs, list(read_rows(args.pairs)), retrieval
     elif "scored" in args:
@@ -66,13 +69,21 @@ def measure(args: argparse.Namespace) -> dict:
     if metrics_of is not retrieval and len({value for *_, value in rows}) < 2:
         raise ValueError(f"{path}: found {rows[0][-1]!r} on every line; give two different scores "
                          f"or labels at least")
+    return path, rows, metrics_of
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Reads what is given, opens the model and measures it. Raises OSError or ValueError, one line
+    each."""
+    given = parse_prompts(args.prompts)  # raises, before the model opens
+    path, rows, metrics_of = read(args)
     encoder, tokenizer = model.load(args.model)
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     prompts, whose = given, "--prompts"
     if given is None:
-        prompts = model_directory.own_prompts(encoder, one_sided=metrics_of is not retrieval)
-        whose = "the model's"
-    if metrics_of is retrieval:
+        one_sided = "scored" in args or "labelled" in args
+        prompts, whose = model_directory.own_prompts(encoder, one_sided), "the model's"
+    if "pairs" in args:
         check_file(Path(path), prompts)
     line = describe_prompts(prompts, whose, encoder.prompts)
     print(f"{args.model}: {model_directory.describe(encoder)}; {line}", file=sys.stderr)
@@ -91,7 +102,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--scored", **file,
         help='similarity: lines {"sentence1", "sentence2", "score"} or lists of them')
     add("--labelled", **file, help='clustering: lines {"text", "label"} or lists of them')
+    add("--beir", metavar="DIR", default=argparse.SUPPRESS,
+        help="retrieval with graded judgements: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv")
     add = parser.add_argument
+    add("--split", default="test", help="of --beir's judgements")
     add("--max-length", type=int,
         help=f"tokens of a text; unset: {MAX_LENGTH} (the paper's pre-training length), or what "
              f"the model takes if that is less")

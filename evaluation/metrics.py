@@ -101,6 +101,31 @@ def held_out_retrieval(encoder, tokenizer, sources, max_length: int, micro_token
     return {"mean": mean, "sources": scores}
 
 
+# retrieval with graded judgements, as trec_eval counts, and BEIR with it
+
+def dcg(grades: list[int]) -> float:
+    """Sum of grade / log2(1 + position). A grade below 1 is not relevant and gains nothing."""
+    return sum(max(grade, 0) / math.log2(1 + position) for position, grade in enumerate(grades, 1))
+
+
+def graded_ndcg(found: list[int], judged: list[int], k: int) -> float:
+    """DCG of a query's first k results over that of the best k there are. found: the results'
+    grades in order, 0 where nobody judged; judged: all grades of the query, in any order, of
+    results or not. trec_eval's ndcg_cut.k."""
+    return dcg(found[:k]) / dcg(sorted(judged, reverse=True)[:k])
+
+
+def graded_recall(found: list[int], judged: list[int], k: int) -> float:
+    """Share of all relevant documents that is among the first k results. trec_eval's recall.k."""
+    return sum(grade > 0 for grade in found[:k]) / sum(grade > 0 for grade in judged)
+
+
+def reciprocal_rank(found: list[int], k: int) -> float:
+    """1 / position of the first relevant result, 0 beyond position k. trec_eval's recip_rank of k
+    results."""
+    return next((1 / i for i, grade in enumerate(found[:k], 1) if grade > 0), 0.0)
+
+
 # similarity
 
 def average_ranks(x) -> np.ndarray:
