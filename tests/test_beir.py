@@ -1,7 +1,7 @@
 """Retrieval in a collection of BEIR's: the figures worked out by hand and beside trec_eval's, and
 the command on good and bad directories.
 
-Texts are read by test_evaluation's Compass, for which cosines are those of directions.
+Texts are read by the Compass of conftest.py, for which cosines are those of directions.
 """
 
 import gzip
@@ -15,7 +15,8 @@ import pytest
 from evaluation import beir, metrics
 from evaluation.embed import embed
 from tests import zoo
-from tests.test_evaluation import Compass, compass, lines, printed, refused, tokenizer
+from tests.conftest import Compass
+from tests.test_evaluation import lines, printed, refused
 
 SIZES = dict(max_length=16, micro_tokens=4096)
 DOCUMENTS = {"a": "north", "b": "north", "c": "north east", "d": "east", "e": ""}

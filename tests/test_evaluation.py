@@ -6,18 +6,14 @@ from collections import namedtuple
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 import model
 from evaluation import __main__ as evaluation
 from evaluation import metrics
 from evaluation.embed import embed
-from tests.conftest import python
+from tests.conftest import Compass, python
 
 Pair = namedtuple("Pair", "query positive")
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "north", "east", "south", "west"]
 SIZES = dict(max_length=16, micro_tokens=8)
 
 
@@ -25,31 +21,6 @@ def unit(*degrees):
     """2-D unit vectors: the cosine of two of them is the cosine of the angle between."""
     angle = torch.tensor(degrees, dtype=torch.float32).deg2rad()
     return torch.stack([angle.cos(), angle.sin()], dim=1)
-
-
-@pytest.fixture
-def tokenizer():
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]",
-                                   cls_token="[CLS]", sep_token="[SEP]")
-
-
-class Compass(nn.Module):
-    """A text's vector is the sum of its words' directions: north is (0, 1), east (1, 0), ...; the
-    rest are (0, 0)."""
-
-    def __init__(self):
-        super().__init__()
-        directions = torch.tensor([[0, 0]] * 4 + [[0, 1], [1, 0], [0, -1], [-1, 0]]).float()
-        self.table, self.dropout = nn.Embedding.from_pretrained(directions), nn.Dropout(0.9)
-        # what `model.load` gives every encoder
-        self.pooling, self.head, self.said, self.notes, self.prompts = "mean", [], None, [], {}
-
-    def forward(self, input_ids, attention_mask):
-        return self.dropout((self.table(input_ids) * attention_mask[:, :, None]).sum(1))
 
 
 class Collapsed(Compass):
@@ -298,12 +269,6 @@ def test_similarity_finds_no_order_in_rounding(tokenizer):
 
 # the command
 
-@pytest.fixture
-def compass(monkeypatch, tokenizer):
-    """`MODEL` is a Compass, whose figures are known; nothing saved would open as one."""
-    monkeypatch.setattr(model, "load", lambda name: (Compass(), tokenizer))
-
-
 def lines(path, *values):
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
     return str(path)
@@ -393,7 +358,7 @@ def test_an_unknown_model_is_refused(tmp_path, capsys):
 
 def test_a_saved_encoder_is_measured_from_outside(tokenizer, tmp_path):
     """`python -m evaluation` on a JinaBERT with random weights: a text is nearest to itself."""
-    config = model.JinaBertConfig(vocab_size=len(WORDS), hidden_size=64, num_hidden_layers=1,
+    config = model.JinaBertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1,
                                   num_attention_heads=1, intermediate_size=64)
     encoder = model.PooledEncoder(model.JinaBertModel(config))
     model.save(encoder, tokenizer, tmp_path / "model")
