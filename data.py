@@ -12,7 +12,6 @@ disk, and a text is read only when its row is due on this rank. Nothing here kno
 losses or process groups: `rank` and `world_size` are two integers.
 """
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -26,8 +25,10 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
 from transformers import BertTokenizer
 
-from corpora.formats import Prompts, Row, read_manifest, read_rows, records, text_hash
-from corpora.index import is_among, line_number, open_index
+from corpora.convert import read_rows
+from corpora.formats import Columns, Prompts, Row, text_hash
+from corpora.index import is_among, open_index
+from corpora.manifest import read_manifest
 from plumbing.files import publish
 
 MAX_LENGTH = 128  # Ours: tokens of a text, where neither --max-length nor the model says less
@@ -39,25 +40,24 @@ TOKENIZER_ROWS = 500_000  # Ours: more rows than this change a vocabulary of 30,
 # sources
 
 class Source:
-    """A file of pairs with a name and a sampling rate. `hold_out` says what of it is trained on."""
+    """Pairs with a name and a sampling rate. `hold_out` says what of them is trained on."""
 
     def __init__(self, name: str, path: Path, rate: float, kind: str, cache: Path,
                  eval: Path | None = None, collection: Path | None = None,
-                 prompts: Prompts | None = None):
+                 prompts: Prompts | None = None, columns: Columns = Columns()):
         self.name, self.path, self.rate, self.kind = name, path, rate, kind
-        self.cache, self.eval, self.collection = cache, eval, collection
+        self.cache, self.eval, self.collection, self.columns = cache, eval, collection, columns
         self.prompts = prompts  # the manifest's, until corpora/prompts.py has chosen
-        opened = open_index(name, path, cache)
-        self.index, self.negative_hashes, self.file, self.fingerprint = opened
+        self.index, self.negative_hashes, self.lines, self.fingerprint = open_index(
+            name, path, columns, cache)
         # what `hold_out` sets
         self.held_out: list[Row] = []  # to evaluate on, one a query
         self.held_out_hashes: set[int] = set()  # of the held-out targets of all sources
         self.train = np.arange(len(self.index))  # ids of the rows to train on
 
     def read(self, row_id: int) -> Row:
-        self.file.seek(int(self.index["offset"][row_id]))
-        rows = records(json.loads(self.file.readline()))
-        return rows[self.index["item"][row_id]]._replace(id=int(row_id))
+        offset, item, *_ = self.index[row_id].tolist()
+        return self.lines.read(offset, item)._replace(id=int(row_id))
 
     def hashes(self, row_id: int) -> tuple[int, int, list[int]]:
         """The query's, the positive's, and those of the negatives."""
@@ -71,10 +71,10 @@ class Source:
 
 
 def load_sources(manifest: Path | str) -> list[Source]:
-    """Opens the sources of a manifest (corpora/formats.py), and holds out what is evaluated on.
+    """Opens the sources of a manifest (corpora/manifest.py), and holds out what is evaluated on.
     Indices go into `.cache` beside it. Raises OSError or ValueError, one line each."""
     manifest = Path(manifest)
-    cache = manifest.parent / ".cache" / "v1"
+    cache = manifest.parent / ".cache" / "v2"
     sources = [Source(**entry, cache=cache) for entry in read_manifest(manifest)]
     hold_out(sources)
     return sources
@@ -96,7 +96,7 @@ def hold_out(sources: list[Source]) -> None:
 def held_out_targets(source: Source) -> list[Row]:
     """A row for each target of the `eval` file, or else for min(1,000, 5 %) of the source's own."""
     if source.eval:
-        rows = list(read_rows(source.eval))
+        rows = list(read_rows(source.eval, source.columns))
         if not rows:
             raise ValueError(f"source {source.name}: {source.eval} holds no pair")
     else:  # those of the smallest hashes: at random, and whatever the order of the file
@@ -166,7 +166,7 @@ class SourceBatches(Iterator):
             left_out = len(source.train) - len(row_ids)
             if left_out and rank == 0:
                 print(f"source {source.name}: {left_out} of {len(source.train)} rows are left out: "
-                      f"fewer than {negatives} of their negatives are not held out")
+                      f"they have fewer than {negatives} negatives that are not held out")
             usable = source.usable(row_ids)
             if usable < batch_size:
                 raise ValueError(f"source {source.name}: {usable} usable pairs (distinct queries "
@@ -277,18 +277,18 @@ class SourceBatches(Iterator):
 
 def with_negatives(source: Source, count: int) -> np.ndarray:
     """Ids of the rows to train on of which `count` negatives are not held out. Raises ValueError
-    naming the line with the fewest negatives, where it has too few to begin with."""
+    where there is none."""
     row_ids = source.train
     counts = source.index["negatives"][row_ids].astype(int)
-    if counts.min(initial=count) < count:
-        line = line_number(source.file, source.index["offset"][row_ids[counts.argmin()]])
-        raise ValueError(f"{source.path}, line {line}: {counts.min()} negatives, but --negatives "
-                         f"{count}; lower it, or mine more")
     held_out = is_among(source.negative_hashes, source.held_out_hashes)
     before = np.concatenate([[0], held_out.cumsum()])  # how many of the first 0, 1, 2 ... are
     first = source.index["first_negative"][row_ids].astype(int)
-    lost = before[first + counts] - before[first]  # of each row's own
-    return row_ids[counts - lost >= count]
+    counts -= before[first + counts] - before[first]
+    if (most := counts.max(initial=0)) < count:
+        raise ValueError(f"source {source.name}: {source.path}: its rows have at most {most} "
+                         f"negatives that are not held out, but --negatives {count}; lower it, or "
+                         f"mine more")
+    return row_ids[counts >= count]
 
 
 # tokens

@@ -319,13 +319,23 @@ def test_a_row_whose_own_positive_leaves_it_too_few_negatives_is_dropped_every_e
     assert [batch.dropped for batch in batches] == [0, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_too_few_negatives_are_refused_by_file_and_line(tmp_path, suffix):
-    """Line 1 gives two rows and has 2 negatives; line 2 is empty; line 3 has 1."""
-    lines = b'{"query": "q", "pos": ["p", "r"], "neg": ["n", "m"]}\n\n["x", "y", "z"]\n'
-    sources = corpus(tmp_path, suffix=suffix, a=lines)
-    message = refusal(data.SourceBatches, sources, 1, seed=0, negatives=2)
-    assert f"{tmp_path}/a{suffix}, line 3: 1 negatives" in message and "--negatives 2" in message
+def test_rows_that_came_with_too_few_negatives_are_left_out_and_counted(tmp_path, capsys):
+    """2 of 5 rows have 2 negatives; the others 1, and none."""
+    rows = [["a0", "a0+", "n", "m"], ["a1", "a1+"], ["a2", "a2+", "n"], ["a3", "a3+", "k", "l"],
+            ["a4", "a4+"]]
+    batches = take(data.SourceBatches(corpus(tmp_path, a=rows), 2, seed=0, negatives=2), 3)
+    assert all(sorted(queries(batch).split()) == ["a0", "a3"] for batch in batches)
+    printed = capsys.readouterr().out
+    assert printed.startswith("source a: 3 of 5 rows") and printed.count("\n") == 1
+
+
+def test_a_source_none_of_whose_rows_has_enough_negatives_is_refused_with_both_numbers(tmp_path):
+    """Two at most, of which h is held out by b."""
+    write(tmp_path / "eval.jsonl", [["?", "h"]])
+    sources = corpus(tmp_path, {"b": {"eval": "eval.jsonl"}}, b=pairs("b", 3),
+                     a=[["x", "y", "z"], ["q", "p", "n", "h"], ["r", "s"]])
+    message = refusal(data.SourceBatches, sources[1:], 1, seed=0, negatives=2)
+    assert "a.jsonl: its rows have at most 1 negatives" in message and "--negatives 2" in message
 
 
 # hold-out

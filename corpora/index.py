@@ -4,69 +4,121 @@ A file is read once. The index keeps of each row where it stands, and 8-byte has
 a text is read when it is asked for. Nothing here knows what rows are for.
 """
 
-import gzip
-import shutil
+import json
 from hashlib import blake2b
 from pathlib import Path
+from struct import Struct
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from corpora.formats import read_lines, text_hash
+from corpora.convert import inputs, is_plain, read, readers_of, values_of
+from corpora.formats import Columns, Row, layout_of, listed, records, text_hash
 from plumbing.files import publish
 
 HASH = np.dtype("<u8")
 # offset: the byte at which its line begins; item: which of the line's rows it is; negatives: how
 # many it has, whose hashes are in a second array, from first_negative on; query, positive: hashes.
-# A change here, or in what `records` makes of a line, wants another .cache/v1.
+# A change here, or in what `records` makes of a line, wants another .cache/v2.
 INDEX_ROW = np.dtype([("offset", "<u8"), ("item", "<u4"), ("negatives", "<u4"),
                       ("first_negative", "<u8"), ("query", HASH), ("positive", HASH)])
+PACKED = Struct("<QIIQQQ")  # the same
 LARGE = 1 << 27  # bytes: takes so long to read that it is said
+
+
+class Lines(NamedTuple):
+    file: BinaryIO  # unpacked
+    columns: Columns
+
+    def read(self, offset: int, item: int) -> Row:
+        self.file.seek(offset)
+        return records(json.loads(self.file.readline()), self.columns)[item]
 
 
 class Index(NamedTuple):
     rows: np.ndarray  # of INDEX_ROW
     negative_hashes: np.ndarray
-    file: BinaryIO  # the lines, unpacked
+    lines: Lines
     fingerprint: str  # of all hashes and offsets
 
 
-def open_index(name: str, path: Path, cache: Path) -> Index:
-    """The index of a .jsonl or .jsonl.gz file, written into a folder of `cache` unless it is there.
-    name: of the source, for messages. Raises FileNotFoundError, and ValueError where the file holds
-    no row, or a bad one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"source {name}: {path}: no such file")
-    stat = path.stat()  # a changed file is a new one
-    version = hexdigest(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
-    directory = cache / f"{path.name.split('.')[0]}-{version}"
-    packed = path.suffix == ".gz"
+def open_index(name: str, path: Path, columns: Columns, cache: Path) -> Index:
+    """The index of a file, a folder or a glob of rows, written into a folder of `cache` unless it
+    is there, with the rows themselves where they cannot be read at their place. name: of the
+    source, for messages. Raises FileNotFoundError, and ValueError where there is no row, or a bad
+    one."""
+    try:
+        stats = [(str(file.resolve()), file.stat()) for file in inputs(path)]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"source {name}: {error}") from None
+    # a changed file is a new one
+    files = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    version = hexdigest(repr((files, columns)).encode())
+    directory = cache / f"{Path(files[0][0]).name.split('.')[0]}-{version}"
+    plain = is_plain(path)
     if not directory.is_dir():
-        if packed or stat.st_size > LARGE:
+        if not plain or sum(size for _, size, _ in files) > LARGE:
             print(f"source {name}: indexing and unpacking {path} once, into {cache}", flush=True)
-        publish(directory, lambda part: write_index(path, part), replace=False)
+        publish(directory, lambda part: write_index(name, path, columns, part), replace=False)
     rows = open_array(directory / "rows", INDEX_ROW)
     if not len(rows):
-        raise ValueError(f"source {name}: {path} holds no pair")
+        raise ValueError(f"source {name}: {path} holds no pair{why_none(path, columns)}")
     negative_hashes = open_array(directory / "negatives", HASH)
-    file = open(directory / "unpacked.jsonl" if packed else path, "rb")
-    return Index(rows, negative_hashes, file, hexdigest(rows, negative_hashes))
+    file = open(path if plain else directory / "unpacked.jsonl", "rb")
+    lines = Lines(file, columns if plain else Columns())
+    return Index(rows, negative_hashes, lines, hexdigest(rows, negative_hashes))
 
 
-def write_index(path: Path, directory: Path) -> None:
-    first = 0
-    with open(directory / "rows", "wb") as rows, open(directory / "negatives", "wb") as negatives:
-        for offset, line_rows in read_lines(path):
-            for item, row in enumerate(line_rows):
+def why_none(path: Path, columns: Columns) -> str:
+    """The values among which "where" has found none that it asks for."""
+    found = values_of(*readers_of(path)[0], {field: [] for field, _ in columns.where})
+    values = "; ".join(f'"{field}": {", ".join(there)}' for field, there in found.items() if there)
+    return f'; "where" leaves out every row, of which the first have {values}' if values else ""
+
+
+def write_index(name: str, path: Path, columns: Columns, directory: Path) -> None:
+    """Says how many lines give no row, in how many rows both texts are one, and which fields are
+    not used."""
+    lines, without, first, same, unused = 0, 0, 0, 0, {}
+
+    def parse(value: object) -> list[Row]:
+        rows = records(value, columns)
+        if rows and isinstance(value, dict):
+            unused.update(dict.fromkeys(layout_of(value, columns).unused))
+        return rows
+
+    plain = is_plain(path)
+    with (open(directory / "rows", "wb") as index, open(directory / "negatives", "wb") as negatives,
+          open(directory / "unpacked.jsonl", "wb") as unpacked):
+        for offset, rows in read(path, parse):
+            lines += 1
+            without += not rows
+            if rows and not plain:
+                offset = unpacked.tell()
+                unpacked.write(line_of(rows))
+            for item, row in enumerate(rows):
                 hashes = [text_hash(text) for text in row.negatives]
-                index_row = (offset, item, len(hashes), first,
-                             text_hash(row.query), text_hash(row.positive))
-                rows.write(np.array(index_row, INDEX_ROW).tobytes())
+                index.write(PACKED.pack(offset, item, len(hashes), first,
+                                        text_hash(row.query), text_hash(row.positive)))
                 negatives.write(np.array(hashes, HASH).tobytes())
                 first += len(hashes)
-    if path.suffix == ".gz":  # in which one cannot begin in the middle
-        with gzip.open(path) as packed, open(directory / "unpacked.jsonl", "wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked, 1 << 20)
+                same += row.query == row.positive
+    if without:
+        print(f'source {name}: {without} of {lines} lines of {path} are left out, as "where" or '
+              f'their gold_label says')
+    if same:
+        print(f"source {name}: in {same} rows of {path} the query is the positive: without prompts "
+              f"both are one vector, whatever the dropout")
+    if unused:
+        print(f'source {name}: of {path} these fields are not used: {listed(unused)}; "ignore" in '
+              f'the manifest says that they need not be')
+
+
+def line_of(rows: list[Row]) -> bytes:
+    """The rows of one line, as one line."""
+    query, _, negatives, _ = rows[0]
+    line = {"query": query, "positive": [row.positive for row in rows], "negatives": negatives}
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
 def open_array(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -80,12 +132,6 @@ def hexdigest(*parts: bytes | np.ndarray) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-def line_number(file: BinaryIO, offset: int) -> int:
-    """Of the line in which this byte stands, from 1."""
-    file.seek(0)
-    return next(number for number, _ in enumerate(file, 1) if file.tell() > offset)
 
 
 def is_among(hashes: np.ndarray, some: set[int]) -> np.ndarray:

@@ -6,7 +6,8 @@ import json
 from functools import partial
 from pathlib import Path
 
-from corpora.formats import DOCUMENT, Prompts, prompts_of, read_lines, records
+from corpora.convert import read
+from corpora.formats import DOCUMENT, Columns, Prompts, prompts_of, records
 
 
 def parse_prompts(text: str | None) -> Prompts | None:
@@ -81,16 +82,16 @@ def check_prompts(sources: list) -> None:
     for source in sources:
         if any(source.prompts):
             for path in filter(None, (source.path, source.eval)):
-                check_file(path, source.prompts)
+                check_file(path, source.prompts, source.columns)
 
 
-def check_file(path: Path, prompts: Prompts) -> None:
-    for _ in read_lines(path, partial(check_line, prompts=prompts)):
+def check_file(path: Path, prompts: Prompts, columns: Columns) -> None:
+    for _ in read(path, partial(check_row, prompts=prompts, columns=columns)):
         pass  # it raises
 
 
-def check_line(value: object, prompts: Prompts) -> list:
-    for query, positive, negatives, _ in records(value):
+def check_row(value: object, prompts: Prompts, columns: Columns) -> list:
+    for query, positive, negatives, _ in records(value, columns):
         with_prompt(prompts.query, query)
         for text in (positive, *negatives):
             with_prompt(prompts.document, text)

@@ -31,7 +31,7 @@ from xml.etree import ElementTree
 
 import yaml
 
-from corpora.formats import read_rows
+from corpora.convert import read_rows
 from plumbing.files import publish
 
 FORMAT = 1  # raise it whenever the same wheels give other pairs

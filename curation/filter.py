@@ -17,7 +17,7 @@ from textwrap import shorten
 import numpy as np
 from tqdm import tqdm
 
-from corpora import formats
+from corpora.convert import read_rows
 from corpora.formats import Row, text_hash
 from curation.pool import Embedder, KnownPositives, Pool, positives, searched
 from curation.sources import (Report, draw, file_name, identity, open_sources, with_collections,
@@ -162,7 +162,7 @@ def not_drawn(
 
 def of_the_collection(source: Source) -> Iterator[dict]:
     if source.collection:
-        for row in formats.read_rows(source.collection):
+        for row in read_rows(source.collection, source.columns):
             if text_hash(row.positive) not in source.held_out_hashes:
                 yield with_reason(row, "of the collection, not of the source")
 

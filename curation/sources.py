@@ -16,8 +16,10 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from corpora import formats, installed_docs
+from corpora import installed_docs
+from corpora.convert import read_rows
 from corpora.formats import text_hash
+from corpora.manifest import ROW_FIELDS
 from curation.work import fingerprint
 
 FOLDERS = {"path": "", "eval": "eval/", "collection": "dropped/"}  # of OUT, by a manifest's fields
@@ -39,7 +41,7 @@ def collection(source: data.Source) -> data.Source | None:
         return None
     name = f"{source.name}, collection"
     return data.Source(name, source.collection, 1, source.kind, source.cache,
-                       prompts=source.prompts)
+                       prompts=source.prompts, columns=source.columns)
 
 
 def with_collections(sources: list[data.Source]) -> list[data.Source]:
@@ -122,7 +124,9 @@ def write_sources(
         (folder / name).mkdir(exist_ok=True)
     manifest = []
     for entry, source in zip(entries, sources):
-        held_out = formats.read_rows(source.eval) if source.eval else source.held_out
+        held_out = source.held_out
+        if source.eval:
+            held_out = read_rows(source.eval, source.columns)
         held_out = ({"query": row.query, "positive": row.positive} for row in held_out)
         written = {}
         for field, lines in (files[source.name] | {"eval": held_out}).items():
@@ -130,7 +134,8 @@ def write_sources(
             if write_lines(folder / name, lines):
                 written[field] = name
         if "path" in written:
-            others = {field: value for field, value in entry.items() if field not in FOLDERS}
+            others = {field: value for field, value in entry.items()
+                      if field not in (*FOLDERS, *ROW_FIELDS)}
             manifest.append(others | written)
     if not manifest:
         raise ValueError("no source keeps a row: see the table")

@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 
 import model
-from corpora.formats import read_lines, read_rows, text_of
+from corpora.convert import judgements, read_rows
+from corpora.convert import read as read_values
+from corpora.formats import Columns, text_of
 from corpora.prompts import check_file, describe_prompts, parse_prompts
 from evaluation import beir
 from evaluation.embed import MAX_LENGTH, MICRO_TOKENS
@@ -32,7 +34,7 @@ LABELLED = {"text": "text", "label": "text or a whole number"}
 def read_fields(path: str, fields: dict[str, str]) -> list[tuple]:
     """Lines {"field": value, ...} or [value, ...] of a .jsonl or .jsonl.gz file, as tuples in the
     order of `fields`: {name: one of KINDS}. Raises ValueError naming file, line and field."""
-    parsed = read_lines(Path(path), lambda value: [parse_fields(value, fields)])
+    parsed = read_values(Path(path), lambda value: [parse_fields(value, fields)])
     return [row for _, rows in parsed for row in rows]
 
 
@@ -58,7 +60,8 @@ def read(args: argparse.Namespace) -> tuple[str, list | beir.Collection, Callabl
     if "beir" in args:
         return args.beir, beir.read(args.beir, args.split), beir.retrieval
     if "pairs" in args:
-        path, rows, metrics_of = args.pairs, list(read_rows(args.pairs)), retrieval
+        path, metrics_of = str(judgements(Path(args.pairs), "test")), retrieval
+        rows = list(read_rows(path))
     elif "scored" in args:
         path, rows, metrics_of = args.scored, read_fields(args.scored, SCORED), similarity
     else:
@@ -84,7 +87,7 @@ def measure(args: argparse.Namespace) -> dict:
         one_sided = "scored" in args or "labelled" in args
         prompts, whose = model_directory.own_prompts(encoder, one_sided), "the model's"
     if "pairs" in args:
-        check_file(Path(path), prompts)
+        check_file(Path(path), prompts, Columns())
     line = describe_prompts(prompts, whose, encoder.prompts)
     print(f"{args.model}: {model_directory.describe(encoder)}; {line}", file=sys.stderr)
     found = metrics_of(encoder, tokenizer, rows, args.max_length, args.micro_tokens, prompts)

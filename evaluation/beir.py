@@ -23,7 +23,8 @@ import numpy as np
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from corpora.formats import Prompts, read_lines, text_of
+from corpora.convert import read as read_values
+from corpora.formats import Prompts, text_of
 from evaluation import search
 from evaluation.embed import embed
 from evaluation.metrics import graded_ndcg, graded_recall, reciprocal_rank
@@ -93,7 +94,7 @@ def read_texts(path: Path, may_be_empty: bool) -> Iterator[tuple[str, str]]:
         ids.add(id)
         return [(id, text)]
 
-    return (found for _, [found] in read_lines(path, parse_new))
+    return (found for _, [found] in read_values(path, parse_new))
 
 
 def parse(value: object, may_be_empty: bool) -> tuple[str, str]:

@@ -22,7 +22,9 @@ import data
 import model
 import train
 from corpora import installed_docs
-from corpora.formats import read_manifest, read_rows, text_hash
+from corpora.convert import read_rows
+from corpora.formats import text_hash
+from corpora.manifest import read_manifest
 from plumbing.files import publish
 from plumbing.ranks import Ranks
 

@@ -23,7 +23,8 @@ import data
 import memory
 import model
 import train
-from corpora.formats import Prompts, prompts_of, read_rows
+from corpora.convert import read_rows
+from corpora.formats import Prompts, prompts_of
 from curation import cross_encoder
 from curation.__main__ import main as curate
 from curation.reranker import Reranker

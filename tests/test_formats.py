@@ -10,6 +10,7 @@ import pytest
 
 import data
 from corpora import formats
+from corpora.convert import read_rows
 from test_sampler import corpus, pairs, refusal, write
 
 # lines
@@ -46,7 +47,7 @@ def test_every_line_format_gives_its_rows(tmp_path, suffix):
     of the table."""
     expected = [row for _, rows in LINES.values() for row in rows]
     source, = corpus(tmp_path, suffix=suffix, a=[line for line, _ in LINES.values()])
-    assert [row[:3] for row in formats.read_rows(tmp_path / f"a{suffix}")] == expected
+    assert [row[:3] for row in read_rows(tmp_path / f"a{suffix}")] == expected
     found = [source.read(i) for i in range(len(expected))]
     assert found == [(*row, i) for i, row in enumerate(expected)]
 
@@ -95,7 +96,7 @@ def test_a_broken_gzip_file_is_refused_by_name_and_leaves_nothing_behind(tmp_pat
     (tmp_path / "a.jsonl.gz").write_bytes(raw)
     manifest = write(tmp_path / "m.json", b'[{"name": "a", "path": "a.jsonl.gz"}]')
     assert f"{tmp_path}/a.jsonl.gz, after line " in refusal(data.load_sources, manifest)
-    assert not list((tmp_path / ".cache").glob("v1/*"))
+    assert not list((tmp_path / ".cache").glob("v2/*"))
 
 
 # manifests
@@ -164,7 +165,7 @@ def test_a_file_is_indexed_once_and_anew_when_it_changed(tmp_path, capsys):
     """a.jsonl.gz: unpacked, which one line says; then silent, with the files written before. When
     changed to rows of the same number and size, it is another file."""
     def written():
-        return {path: path.stat().st_mtime_ns for path in tmp_path.glob(".cache/v1/*/*")}
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob(".cache/v2/*/*")}
 
     corpus(tmp_path, suffix=".jsonl.gz", a=pairs("a", 3))
     assert capsys.readouterr().out.count("\n") == 1

@@ -213,7 +213,7 @@ def test_running_out_of_memory_says_what_to_lower(folder, capsys):
     (["--precision", "fp16"], "--precision fp16"),
     (["--zero", "4"], "--zero 4"),
     (["--stage", "3", "--sources", ""], "--stage 3: the default sources have no negatives"),
-    (["--stage", "3"], "left.jsonl, line 1: 3 negatives, but --negatives 15"),
+    (["--stage", "3"], "left.jsonl: its rows have at most 3 negatives that are not"),
     (["--stage", "3", "--negatives", "0"], "--negatives 0"),
     (["--resume"], "--resume: runs holds no complete checkpoint"),
     (["--resume", "--out", "none"], "--resume: none holds no complete checkpoint"),

@@ -1,0 +1,234 @@
+"""The files that rows are in, as people have them, read as JSON values: JSON lines, Parquet, CSV,
+TSV, a folder or a glob of such shards, a BEIR directory.
+
+One row at a time is in memory, or one batch of a Parquet file. Nothing here knows what a row says.
+"""
+
+import codecs
+import csv
+import glob
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from corpora.formats import ARRAY, Columns, Row, UnexplainedField, records, shown
+
+KINDS = ".jsonl", ".parquet", ".csv", ".tsv"  # of shards in a folder; .jsonl, .csv, .tsv also .gz
+SPLITS = re.compile(r"(train|test|dev|val|validation)\b")
+BATCH = 1024  # rows of a Parquet file
+LONGEST_CELL = 1 << 24  # characters of a CSV file; more is a quote that was not closed
+SAMPLE = 1000  # rows in which the values of a field are looked up, for a message
+BROKEN_GZIP = EOFError, gzip.BadGzipFile, zlib.error
+
+Values = Iterator[tuple[int, int, object]]  # line number, byte offset in JSON lines, JSON value
+
+
+def read(path: Path, parse: Callable[[object], list]) -> Iterator[tuple[int, list]]:
+    """(byte offset, what `parse` makes of the value) for each line, or row, of a file, a folder or
+    a glob. Raises FileNotFoundError, and ValueError naming file, line and field."""
+    for file, reader in readers_of(path):
+        for number, offset, value in reader(file):
+            try:
+                parsed = parse(value)
+            except ValueError as error:
+                if isinstance(error, UnexplainedField):
+                    error = UnexplainedField(values_of(file, reader, error.found))
+                what = "row" if reader is read_parquet else "line"
+                raise ValueError(f"{file}, {what} {number}: {error}") from None
+            yield offset, parsed
+
+
+def read_rows(path: Path | str, columns: Columns = Columns()) -> Iterator[Row]:
+    """The rows of a file, a folder or a glob, in order."""
+    parsed = read(Path(path), lambda value: records(value, columns))
+    return (row for _, rows in parsed for row in rows)
+
+
+def values_of(file: Path, reader: Callable[[Path], Values], found: dict[str, list[str]]
+              ) -> dict[str, list[str]]:
+    """found: {field: values}. -> with those that a file begins with, at most five of each."""
+    sample = [value for _, _, value in islice(reader(file), SAMPLE) if isinstance(value, dict)]
+    more = {name: [shown(value[name]) for value in sample if name in value] for name in found}
+    return {name: list(dict.fromkeys([*found[name], *more[name]]))[:5] for name in found}
+
+
+def readers_of(path: Path) -> list[tuple[Path, Callable[[Path], Values]]]:
+    """The files that a path stands for, and what reads each."""
+    if is_beir(path):
+        return [(path / "corpus.jsonl", read_documents)]
+    if path.parent.name == "qrels" and is_beir(path.parents[1]):
+        if not path.is_file():
+            splits = ", ".join(sorted(file.stem for file in path.parent.glob("*.tsv")))
+            raise FileNotFoundError(f'{path}: no such file; "split" may be {splits}')
+        return [(path, read_judgements)]
+    readers = {".parquet": read_parquet, ".csv": read_csv, ".tsv": read_csv}
+    return [(file, readers.get(kind(file), read_lines)) for file in shards(path)]
+
+
+def shards(path: Path) -> list[Path]:
+    """Of a folder, of a glob, or the file itself."""
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        there = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+        files = [file for file in there if file.is_file() and kind(file) in KINDS]
+        if not files:
+            names = ", ".join(file.name for file in there[:5]) or "nothing"
+            raise ValueError(f"{path}: a folder without {', '.join(KINDS)}; found {names}")
+        splits = {match[0] for file in files if (match := SPLITS.match(file.name))}
+        if len(splits) > 1:
+            raise ValueError(f"{path}: holds files of several splits, {', '.join(sorted(splits))}; "
+                             f"name one, as {path / min(splits)}*")
+        return files
+    files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise FileNotFoundError(f"{path}: no such file")
+    return files
+
+
+def kind(file: Path) -> str:
+    return Path(file.name.removesuffix(".gz")).suffix
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a line may be read where it stands in the file."""
+    return readers_of(path) == [(path, read_lines)] and path.suffix != ".gz"
+
+
+def inputs(path: Path) -> list[Path]:
+    """All files on whose bytes it depends what `read` gives."""
+    files = [file for file, _ in readers_of(path)]
+    if files == [path] and path.parent.name == "qrels" and is_beir(path.parents[1]):
+        files += [path.parents[1] / name for name in ("queries.jsonl", "corpus.jsonl")]
+    return files
+
+
+# kinds of files
+
+def read_lines(path: Path) -> Values:
+    """Of a .jsonl or .jsonl.gz file, for each line that is not empty. Raises ValueError naming file
+    and line."""
+    offset, number = 0, 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if text.strip():
+                    yield number, offset, json.loads(text.decode())
+                offset += len(line)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        if number == 1 and re.match(rb"\s*\[\s*([\[{]|$)", text):
+            raise ValueError(f"{path}, line 1: {ARRAY}") from None
+        raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error}); write one value a "
+                         f"line") from None
+    except BROKEN_GZIP as error:
+        raise ValueError(f"{path}, after line {number}: broken gzip file ({error})") from None
+
+
+def read_csv(path: Path) -> Values:
+    """Of a .csv or .tsv file with a header, quoted as RFC 4180 has it: {column: text}. The line
+    number is that of a row's first line. Raises ValueError naming file and line."""
+    csv.field_size_limit(LONGEST_CELL)
+    number = 1
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            first = file.readline().removeprefix(codecs.BOM_UTF8)
+            lines = (line.decode() for part in ([first], file) for line in part)
+            rows = csv.reader(lines, delimiter="\t" if kind(path) == ".tsv" else ",", strict=True)
+            header = next(rows, [])
+            twice = next((name for name in header if header.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f'{path}, line 1: two columns are called "{twice}"; rename one')
+            number = rows.line_num + 1
+            for row in rows:
+                if row and len(row) != len(header):
+                    raise ValueError(f"{path}, line {number}: found {len(row)} cells, expected "
+                                     f"{len(header)} as in the header; quote a text with a "
+                                     f"separator in it")
+                if row:
+                    yield number, 0, dict(zip(header, row))
+                number = rows.line_num + 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, line {rows.line_num + 1}: not UTF-8 ({error})") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {number}: {error}; a text with quotes in it is quoted, and "
+                         f"they are doubled, as RFC 4180 says") from None
+    except BROKEN_GZIP as error:
+        raise ValueError(f"{path}, after line {number}: broken gzip file ({error})") from None
+
+
+def read_parquet(path: Path) -> Values:
+    """Numbers are those of rows, from 1."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ValueError(f"{path}: Parquet files are read by pyarrow; python -m pip install "
+                         f"pyarrow") from None
+    number = 0
+    try:
+        with ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+            for batch in file.iter_batches(BATCH):
+                for number, value in enumerate(batch.to_pylist(), number + 1):
+                    yield number, 0, value
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}, after row {number}: no Parquet ({reason})") from None
+
+
+# BEIR: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv. Its pairs are in the file of judgements, and
+# the directory itself stands for its documents.
+
+def is_beir(path: Path) -> bool:
+    return (path / "corpus.jsonl").is_file() and (path / "qrels").is_dir()
+
+
+def judgements(path: Path, split: str) -> Path:
+    """The file in which a BEIR directory has its pairs; another path as it is."""
+    return path / "qrels" / f"{split}.tsv" if is_beir(path) else path
+
+
+def read_judgements(path: Path) -> Values:
+    """Each judged pair with a score above 0, in the order of the documents. In memory: the pairs,
+    and the texts of their queries."""
+    folder, pairs = path.parents[1], {}
+    for number, _, value in read_csv(path):
+        try:
+            query, document, score = value["query-id"], value["corpus-id"], float(value["score"])
+        except (KeyError, ValueError):
+            raise ValueError(f"{path}, line {number}: found {shown(value)}, expected query-id, "
+                             f"corpus-id and score, a number") from None
+        if score > 0:
+            pairs.setdefault(document, []).append((number, query))
+    asked = {query for found in pairs.values() for _, query in found}
+    texts = {name: value["text"] for name, value in read_named(folder / "queries.jsonl")
+             if name in asked}
+    for document, value in read_named(folder / "corpus.jsonl"):
+        for number, query in pairs.pop(document, ()):
+            if query not in texts:
+                raise ValueError(f'{path}, line {number}: query "{query}" is not in queries.jsonl')
+            yield number, 0, {"query": texts[query], "positive": value}
+    for document, found in pairs.items():
+        raise ValueError(f'{path}, line {found[0][0]}: document "{document}" is not in '
+                         f'corpus.jsonl')
+
+
+def read_documents(path: Path) -> Values:
+    """The documents that are not empty, each with its id for a query, which nobody asks."""
+    for number, (name, value) in enumerate(read_named(path), 1):
+        if f"{value.get('title') or ''}{value['text']}".strip():
+            yield number, 0, {"query": name, "positive": value}
+
+
+def read_named(path: Path) -> Iterator[tuple[str, dict]]:
+    """(id, the object) of each line."""
+    for number, _, value in read_lines(path):
+        if not isinstance(value, dict) or "_id" not in value or "text" not in value:
+            raise ValueError(f'{path}, line {number}: found {shown(value)}, expected '
+                             f'{{"_id", "text"}}')
+        yield str(value["_id"]), value
