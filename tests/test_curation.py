@@ -793,6 +793,41 @@ SIMILARITY = ("snli.jsonl", "multinli.jsonl.gz", "set.jsonl")
 NO_NEGATIVES = (*SIMILARITY, "pairs.jsonl")
 
 
+def test_what_a_manifest_says_of_rows_is_done_and_not_said_again_of_what_comes_out(plane):
+    """a is a table with labels and columns of its own, with an eval table and a collection alike;
+    b is a BEIR directory, of which two documents are judged and three are not. What the filter
+    writes is in our layout; b's queries get unjudged documents as negatives."""
+    def table(name, rows):
+        cells = [",".join(map(str, row)) for row in [("label", "who", "what"), *rows]]
+        Path(name).write_text("\n".join(cells) + "\n")
+
+    table("a.csv", [(int(i < 6), *SIX[i % 6]) for i in range(12)])
+    table("eval.csv", [(1, "q9 9", "p9 9"), (0, "q8 8", "p8 8")])
+    table("more.csv", [(1, "r 1", "s 1"), (0, "t 2", "u 2")])
+    Path("b/qrels").mkdir(parents=True)
+    write("b/corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": f"p{i} 90 {i}"}
+                             for i in range(30, 35)])
+    write("b/queries.jsonl", [{"_id": f"q{i}", "text": f"q{i} {i}"} for i in (30, 31)])
+    judged = "query-id\tcorpus-id\tscore\nq30\td30\t1\nq31\td31\t1\n"
+    Path("b/qrels/dev.tsv").write_text(judged)
+    said = {"query": "who", "positive": "what", "where": {"label": 1}, "eval": "eval.csv",
+            "collection": "more.csv"}
+    sources({"a": {"path": "a.csv", **said},
+             "b": {"path": "b", "split": "dev", "kind": "similarity"}})
+    run("filter", "filtered", "--top-k", 7)
+    assert [(row["query"], row["positive"]) for row in lines("filtered/a.jsonl")] == [
+        tuple(row) for row in SIX]
+    assert [row["query"] for row in lines("filtered/eval/a.jsonl")] == ["q9 9"]
+    assert [row["positive"] for row in lines("filtered/dropped/a.jsonl")] == ["s 1"]
+    assert [sorted(entry) for entry in manifest("filtered")] == [
+        ["collection", "eval", "name", "path"], ["collection", "kind", "name", "path"]]
+    data.load_sources("filtered/manifest.json")
+    sources({"b": {"path": "b", "split": "dev", "kind": "similarity"}})
+    run("mine", "mined", "--negatives", 4)
+    assert [sorted(row["negatives"]) for row in lines("mined/b.jsonl")] == [
+        [f"p{i} 90 {i}" for i in (31, 32, 33, 34)], [f"p{i} 90 {i}" for i in (30, 32, 33, 34)]]
+
+
 def test_collections_in_their_own_layouts_go_through_every_command_and_train(folder, monkeypatch):
     """Eight sources of 25 queries, two of them with two positives; 20 pairs, and 25 // 20 = 1 or
     50 // 20 = 2 of a source, are held out. Of SNLI's three lines and MultiNLI's two a query, one is

@@ -299,6 +299,21 @@ def test_pairs_print_retrieval(compass, tmp_path, capsys):
         "targets": 2}
 
 
+def test_pairs_may_be_in_a_table_or_a_beir_directory(compass, tmp_path, capsys):
+    """Of the directory those of the test split."""
+    table = tmp_path / "pairs.csv"
+    table.write_text("question,answer\nnorth,north\neast,east\n")
+    assert printed(capsys, "M", "--pairs", str(table))["recall@1"] == 1.0
+    (tmp_path / "b" / "qrels").mkdir(parents=True)
+    for name in ("corpus", "queries"):
+        texts = [{"_id": word, "text": word} for word in WORDS[4:]]
+        lines(tmp_path / "b" / f"{name}.jsonl", *texts)
+    judged = "query-id\tcorpus-id\tscore\nnorth\tnorth\t1\neast\teast\t1\nwest\teast\t0\n"
+    (tmp_path / "b" / "qrels" / "test.tsv").write_text(judged)
+    found = printed(capsys, "M", "--pairs", str(tmp_path / "b"))
+    assert (found["recall@1"], found["targets"]) == (1.0, 2)
+
+
 def test_scored_prints_spearman(compass, tmp_path, capsys):
     """Cosines 1, 0, -1 against scores 5, 2.5, 0: the same order. A blank line is no line."""
     file = lines(tmp_path / "scored.jsonl", ["north", "north", 5], ["north", "east", 2.5])
