@@ -18,7 +18,7 @@ from pathlib import Path
 from corpora.formats import ARRAY, Columns, Row, UnexplainedField, records, shown
 
 KINDS = ".jsonl", ".parquet", ".csv", ".tsv"  # of shards in a folder; .jsonl, .csv, .tsv also .gz
-SPLITS = re.compile(r"(train|test|dev|val|validation)\b")
+SPLITS = re.compile(r"(train|test|dev|validation|val)(?![a-z])")
 BATCH = 1024  # rows of a Parquet file
 LONGEST_CELL = 1 << 24  # characters of a CSV file; more is a quote that was not closed
 SAMPLE = 1000  # rows in which the values of a field are looked up, for a message
@@ -60,7 +60,7 @@ def readers_of(path: Path) -> list[tuple[Path, Callable[[Path], Values]]]:
     """The files that a path stands for, and what reads each."""
     if is_beir(path):
         return [(path / "corpus.jsonl", read_documents)]
-    if path.parent.name == "qrels" and is_beir(path.parents[1]):
+    if is_judgements(path):
         if not path.is_file():
             splits = ", ".join(sorted(file.stem for file in path.parent.glob("*.tsv")))
             raise FileNotFoundError(f'{path}: no such file; "split" may be {splits}')
@@ -82,7 +82,7 @@ def shards(path: Path) -> list[Path]:
         splits = {match[0] for file in files if (match := SPLITS.match(file.name))}
         if len(splits) > 1:
             raise ValueError(f"{path}: holds files of several splits, {', '.join(sorted(splits))}; "
-                             f"name one, as {path / min(splits)}*")
+                             f"name one by a glob")
         return files
     files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     files = [file for file in files if file.is_file()]
@@ -103,7 +103,7 @@ def is_plain(path: Path) -> bool:
 def inputs(path: Path) -> list[Path]:
     """All files on whose bytes it depends what `read` gives."""
     files = [file for file, _ in readers_of(path)]
-    if files == [path] and path.parent.name == "qrels" and is_beir(path.parents[1]):
+    if is_judgements(path):
         files += [path.parents[1] / name for name in ("queries.jsonl", "corpus.jsonl")]
     return files
 
@@ -186,6 +186,10 @@ def read_parquet(path: Path) -> Values:
 
 def is_beir(path: Path) -> bool:
     return (path / "corpus.jsonl").is_file() and (path / "qrels").is_dir()
+
+
+def is_judgements(path: Path) -> bool:
+    return path.parent.name == "qrels" and is_beir(path.parent.parent)
 
 
 def judgements(path: Path, split: str) -> Path:

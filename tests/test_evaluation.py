@@ -11,7 +11,7 @@ import model
 from evaluation import __main__ as evaluation
 from evaluation import metrics
 from evaluation.embed import embed
-from tests.conftest import Compass, python
+from tests.conftest import COMPASS, Compass, python
 
 Pair = namedtuple("Pair", "query positive")
 SIZES = dict(max_length=16, micro_tokens=8)
@@ -306,7 +306,7 @@ def test_pairs_may_be_in_a_table_or_a_beir_directory(compass, tmp_path, capsys):
     assert printed(capsys, "M", "--pairs", str(table))["recall@1"] == 1.0
     (tmp_path / "b" / "qrels").mkdir(parents=True)
     for name in ("corpus", "queries"):
-        texts = [{"_id": word, "text": word} for word in WORDS[4:]]
+        texts = [{"_id": word, "text": word} for word in COMPASS[4:]]
         lines(tmp_path / "b" / f"{name}.jsonl", *texts)
     judged = "query-id\tcorpus-id\tscore\nnorth\tnorth\t1\neast\teast\t1\nwest\teast\t0\n"
     (tmp_path / "b" / "qrels" / "test.tsv").write_text(judged)
