@@ -32,13 +32,13 @@ NUMBERED = re.compile(r"negative_(\d+)")
 # "neg_scores" and "type" are FlagEmbedding's.
 MEANINGFUL = {"label", "labels", "score", "scores", "prompt", "pos_scores", "neg_scores", "type",
               "is_duplicate", "similarity", "relevance"}
-# These change nothing, and neither do ids; the last line is what curation and wheels write.
+# These change nothing, and neither do ids; the last line is what curation writes.
 HARMLESS = {"", "id", "qid", "pid", "did", "docid", "uid", "uuid", "guid", "idx", "index",
             "__index_level_0__", "metadata", "meta", "source", "url", "task", "dataset", "lang",
             "language", "split", "genre", "licence", "license", "date", "timestamp",
             "annotator_labels", "sentence1_parse", "sentence2_parse", "sentence1_binary_parse",
-            "sentence2_binary_parse",
-            "gold_label", "positive_score", "mined", "row", "reason"}
+            "sentence2_binary_parse", "gold_label",
+            "positive_score", "mined", "row", "reason"}
 ID = re.compile(r".*([_-]ids?|I[dD]s?)")
 # Names of a document's prompt, the first that is not empty. (sentence-transformers takes "document"
 # even where it is empty, as it is in what version 6 saves of a model that says "passage".)
@@ -195,7 +195,7 @@ def layout_of_names(names: tuple[str, ...], nulls: tuple[str, ...], columns: Col
         raise ValueError(f'fits {len(pairs)} layouts, {fits}: name its "query" and "positive" in '
                          f'the manifest, or "ignore" a field')
     if not pairs:
-        others = "; ".join(f'"{a}" with "{b}"' for a, b in LAYOUTS if a not in QUERIES)
+        others = "; ".join(f'"{a}" with "{b}"' for a, b in LAYOUTS if a not in (*QUERIES, "set"))
         raise ValueError(
             f'found {listed(there)}; known are {listed(QUERIES)} with one of {listed(POSITIVES)}; '
             f'{others}; or name "query" and "positive" in the manifest')
