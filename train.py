@@ -250,7 +250,7 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
     eval_every = args.eval_every or math.ceil(args.steps / 2)
     stop = run.StopSignal()
     ranks.on_rank_0(lambda: run.begin(out, first))
-    log = run.Metrics(out, writes=ranks.rank == 0)
+    log = run.Metrics(out, writes=ranks.rank == 0, first=first)
     ranks.print_rank0(f"{out}: peak lr {peak:g} ({origin})")
     if not resumed:
         log(step=0, evaluation=evaluate())

@@ -2,6 +2,7 @@
 report."""
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -51,15 +52,34 @@ def begin(run: Path, first: int) -> None:
     os.replace(part, path)
 
 
-class Metrics:
-    """run/metrics.jsonl, one JSON object a line; nothing is written where another rank writes."""
+def event_writer(run: Path, first: int):
+    """What writes TensorBoard's event files, from step `first` on anew; None where neither
+    TensorBoard nor tensorboardX is installed."""
+    for module in ("torch.utils.tensorboard", "tensorboardX"):
+        try:
+            return importlib.import_module(module).SummaryWriter(str(run), purge_step=first)
+        except ImportError:
+            continue
+    return None
 
-    def __init__(self, run: Path, writes: bool = True):
+
+class Metrics:
+    """run/metrics.jsonl, one JSON object a line, and the same numbers as event files beside it,
+    where `event_writer` can; nothing where another rank writes. first: the run's next step."""
+
+    def __init__(self, run: Path, writes: bool = True, first: int = 1):
         self.path = run / "metrics.jsonl"
         self.file = open(self.path if writes else os.devnull, "a", buffering=1)
+        self.events = event_writer(run, first) if writes else None
 
     def __call__(self, **values) -> None:
         self.file.write(json.dumps(values) + "\n")
+        if self.events:
+            numbers = values.get("evaluation", {}).get("mean", values)
+            for name, value in numbers.items():
+                if isinstance(value, int | float) and name != "step":
+                    self.events.add_scalar(name, value, values["step"])
+            self.events.flush()
 
     def evaluations(self) -> list[dict]:
         lines = map(json.loads, self.path.read_text().splitlines())

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +194,34 @@ def test_running_out_of_memory_says_what_to_lower(folder, capsys):
     tokens = str(10**15)
     said = refused(capsys, *FLAGS, "--max-length", tokens, "--micro-tokens", tokens, status=1)
     assert "--checkpoint-layers" in said and "--batch-size 8" in said
+
+
+def test_the_numbers_of_metrics_are_event_files_too_where_something_writes_them(
+        folder, monkeypatch):
+    """tensorboardX, or TensorBoard, which torch's own writer wants; a resumed run begins at its
+    step."""
+    written, begun = [], []
+
+    class SummaryWriter:
+        def __init__(self, run, purge_step):
+            begun.append((run, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=SummaryWriter))
+    train.main([*FLAGS, "--steps", "2", "--out", "run"])
+    lines = metrics("run")
+    losses = [("loss", line["loss"], line["step"]) for line in lines if "loss" in line]
+    recalls = [("recall@1", line["evaluation"]["mean"]["recall@1"], line["step"])
+               for line in lines if "evaluation" in line]
+    assert len(losses) == 2 and len(recalls) >= 2 and set(losses + recalls) <= set(written)
+    train.main(["--resume", "--out", "run", "--steps", "4"])
+    assert begun == [("run", 1), ("run", 3)]
 
 
 # what it refuses
