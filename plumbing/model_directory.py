@@ -36,8 +36,8 @@ POOLING_FLAGS = {  # sentence-transformers' fields of 1_Pooling, before its vers
 KNOWN_POOLING = {"word_embedding_dimension": ..., "embedding_dimension": ..., "pooling_mode": ...,
                   "include_prompt": True, **dict.fromkeys(POOLING_FLAGS, ...)}
 KNOWN_HEAD = {"in_features": ..., "out_features": ..., "bias": ..., "activation_function": ...,
-                "module_input_name": "sentence_embedding",
-                "module_output_name": "sentence_embedding", "use_residual": False}
+              "module_input_name": "sentence_embedding",
+              "module_output_name": "sentence_embedding", "use_residual": False}
 KNOWN_TRANSFORMER = {
     "max_seq_length": ..., "do_lower_case": ..., "unpad_inputs": ..., "model_args": {},
     "tokenizer_args": {}, "config_args": {}, "processing_kwargs": {}, "query_length": None,
