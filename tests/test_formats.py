@@ -317,8 +317,8 @@ def test_a_missing_manifest_and_one_that_is_no_utf_8_are_refused_by_name(tmp_pat
 # index
 
 def test_rows_are_found_again_among_long_characters_and_windows_line_ends(tmp_path):
-    """Offsets count bytes: é has 2, 語 3, 𝄞 4; U+2028 and an escaped \\n end no line; the last line
-    has no end."""
+    """Offsets count bytes: é has 2, 語 3, 𝄞 4; U+2028 and an escaped \\n end no line; the last
+    line has no end."""
     texts = ["é", "語\u2028語", "𝄞 clef", "a\nb", "e"]
     lines = [json.dumps([text, text + "+"], ensure_ascii=i % 2 == 1).encode()
              for i, text in enumerate(texts)]
@@ -371,7 +371,8 @@ SPELLINGS = [
     [" Two\t words\n", "two WORDS", "two\u00a0words", "two\u3000words", "tw\u200bo words\u200d",
      "\ufefftwo wo\u00adrds", "ｔｗｏ words", "two \u2060words"],
     ["twowords"], ["two words."], ["tẁo words"],
-    ["é", "e\u0301", "É", "E\u0301"], ["e"], ["ﬁn", "fin"], ["x²", "x2"], ["straße", "STRASSE"],
+    ["é", "e\u0301", "É", "E\u0301"], ["e"], ["ﬁn", "fin"], ["x²", "x2"],
+    ["straße", "STRASSE"],
     ["\u0390", "\u03aa\u0301", "\u0399\u0308\u0301"],  # case folding takes it apart
 ]
 
