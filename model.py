@@ -285,15 +285,16 @@ class PooledEncoder(nn.Module):
     attention_mask) -> (B, D).
 
     Ours, for other people's models: pooling is one of POOLING; head: what follows it, layers or a
-    norm; said: what else their directory says (plumbing/model_directory.py). prompts: what callers
-    put before a text, by name; forward does not add them. notes: for `describe` to print."""
+    norm; settings: what else their directory says (plumbing/model_directory.py). prompts: what
+    callers put before a text, by name; `forward` adds none. notes: for `describe` to print."""
 
     def __init__(self, backbone: PreTrainedModel, pooling: str = "mean",
-                 head: Iterable[nn.Module] = (), said: "model_directory.Said | None" = None):
+                 head: Iterable[nn.Module] = (),
+                 settings: "model_directory.Settings | None" = None):
         super().__init__()
         self.backbone, self.pooling, self.head = backbone, pooling, nn.Sequential(*head)
-        self.said = said
-        self.prompts = said.prompts if said else {}
+        self.settings = settings
+        self.prompts = settings.prompts if settings else {}
         self.notes = []
         # of no use to one pass, and a checkpointed layer would fill a decoder's cache twice
         caches = "use_cache" in inspect.signature(backbone.forward).parameters
@@ -320,13 +321,13 @@ def create(size: str) -> PooledEncoder:
     return PooledEncoder(JinaBertModel(JinaBertConfig(**SIZES[size])))
 
 
-def open_pretrained(said: "model_directory.Said", jina: type, auto: type, **fields
+def open_pretrained(settings: "model_directory.Settings", jina: type, auto: type, **fields
                     ) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, dict]:
     """Model, tokenizer and transformers' load report of what a directory says, by class `jina` if
     it is a JinaBERT, else by class `auto` with these config fields. Raises OSError where there is
     no model, ValueError where it is one that is not built here; whether weights are missing or
     unknown, `check_weights` says."""
-    name = said.encoder
+    name = settings.encoder
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # `check_weights` says what its report does
     huggingface_hub.utils.logging.set_verbosity_error()  # a warning for every retry
@@ -347,7 +348,7 @@ def open_pretrained(said: "model_directory.Said", jina: type, auto: type, **fiel
     saved_tokenizer.check_tokenizer(name, tokenizer)
     tokenizer.saved_class = saved_tokenizer.class_name(name)  # `write_pretrained` keeps it
     tokenizer.padding_side = "right"  # as everything here pads
-    if said.lower_case:
+    if settings.lower_case:
         saved_tokenizer.make_lower_case(tokenizer)
     is_jina = config.get("position_embedding_type") == "alibi"
     if not is_jina and "AutoModel" in (config.get("auto_map") or {}):
@@ -370,7 +371,7 @@ def open_pretrained(said: "model_directory.Said", jina: type, auto: type, **fiel
     except Exception as error:  # a truncated file, no weights, an unknown architecture ...
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"model {name}: its weights do not open ({reason})") from error
-    limit = said.max_length or tokenizer.model_max_length
+    limit = settings.max_length or tokenizer.model_max_length
     tokenizer.model_max_length = min(limit, longest_text(model))
     return model, tokenizer, report  # from_pretrained leaves it in eval mode
 
@@ -420,16 +421,16 @@ def load(name_or_path: str | Path) -> tuple[PooledEncoder, transformers.PreTrain
     with random weights or without a word. Its messages and bars are silenced for the rest of the
     process.
     """
-    said = model_directory.read(str(name_or_path))
-    backbone, tokenizer, report = open_pretrained(said, JinaBertModel, AutoModel)
+    settings = model_directory.read(str(name_or_path))
+    backbone, tokenizer, report = open_pretrained(settings, JinaBertModel, AutoModel)
     check_weights(name_or_path, report, may_miss=r"pooler\.", may_have=f"{HEADS}|{BUFFERS}")
-    pooling = said.pooling or backbone.config.to_dict().get("emb_pooler") or "mean"
+    pooling = settings.pooling or backbone.config.to_dict().get("emb_pooler") or "mean"
     if pooling not in POOLING:
-        where = "1_Pooling/config.json" if said.pooling else "config.json"
+        where = "1_Pooling/config.json" if settings.pooling else "config.json"
         raise ValueError(f"{Path(name_or_path) / where}: pooling by {pooling} is not built here; "
                          f"by {', '.join(POOLING)} is")
-    model_directory.check_widths(said, backbone.config.hidden_size)
-    encoder = PooledEncoder(backbone, pooling, said.head, said).eval()
+    model_directory.check_widths(settings, backbone.config.hidden_size)
+    encoder = PooledEncoder(backbone, pooling, settings.head, settings).eval()
     probe.try_texts(encoder, tokenizer, str(name_or_path))
     left_out = {key.split(".")[0] for key in report["unexpected_keys"] if re.search(HEADS, key)}
     if "EncoderModel" in type(backbone).__name__ and backbone.config.architectures != [

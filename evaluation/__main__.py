@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict:
     prompts, whose = given, "--prompts"
     if given is None:
         one_sided = "scored" in args or "labelled" in args
-        prompts, whose = model_directory.own_prompts(encoder, one_sided), "the model's"
+        prompts, whose = model_directory.prompts_for(encoder, one_sided), "the model's"
     if "pairs" in args:
         check_file(Path(path), prompts, Columns())
     line = describe_prompts(prompts, whose, encoder.prompts)

@@ -29,7 +29,7 @@ import model
 import train
 from evaluation.embed import embed
 from experiments.bench import lines_of
-from plumbing.model_directory import own_prompts
+from plumbing.model_directory import prompts_for
 from tests import zoo
 
 TEXTS = ["a stone", "Every Lamp, and a table with 17 legs", "x", "rivers and markets " * 9]
@@ -69,7 +69,7 @@ def theirs(directories: list[str], out: Path, overlay: str | None) -> dict[str, 
 
 
 def ours(encoder, tokenizer) -> list[torch.Tensor]:
-    plain, both = (own_prompts(encoder, one_sided) for one_sided in (True, False))
+    plain, both = (prompts_for(encoder, one_sided) for one_sided in (True, False))
     return [embed(encoder, tokenizer, TEXTS, prompt=prompt)
             for prompt in (plain.query, both.query, both.document)]
 

@@ -48,7 +48,7 @@ KNOWN_TRANSFORMER = {
 SENTENCE_CONFIGS = "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"
 
 
-class Said(NamedTuple):
+class Settings(NamedTuple):
     """What a directory says; a bare encoder says nothing."""
 
     encoder: str  # folder or hub name of the encoder's own files
@@ -104,7 +104,7 @@ def check_fields(path: Path, found: dict, known: dict) -> None:
                              f'{json.dumps(known[field])} is known here')
 
 
-def read(name: str) -> Said:
+def read(name: str) -> Settings:
     """What the directory, or hub name, says. Raises OSError where it is none, and ValueError, one
     line each, where it says what is not known here."""
     root = fetch(name)
@@ -112,7 +112,7 @@ def read(name: str) -> Said:
     modules = read_json(root / "modules.json", list)
     if modules is None:
         check_bare(name, root)
-        return Said(name)
+        return Settings(name)
     try:
         kinds = [str(one["type"]) for one in modules]
         folders = [root / one["path"] for one in modules]
@@ -135,8 +135,8 @@ def read(name: str) -> Said:
     head = tuple(read_head_module(kind, folder) for kind, folder in zip(kinds[2:], folders[2:]))
     length, lower_case = read_transformer(folders[0])
     encoder = name if folders[0] == root else str(folders[0])
-    return Said(encoder, read_pooling(folders[1] / "config.json"), head, length, lower_case,
-                more.get("similarity_fn_name") or "cosine", read_prompts(more), more)
+    return Settings(encoder, read_pooling(folders[1] / "config.json"), head, length, lower_case,
+                    more.get("similarity_fn_name") or "cosine", read_prompts(more), more)
 
 
 def check_bare(name: str, root: Path) -> None:
@@ -157,11 +157,11 @@ def check_bare(name: str, root: Path) -> None:
         pass
 
 
-def read_encoder(name: str) -> Said:
+def read_encoder(name: str) -> Settings:
     """Of a directory whose other modules do not count, as a reranker's."""
     check_adapter(name, fetch(name))
     length, lower_case = read_transformer(fetch(name))
-    return Said(name, max_length=length, lower_case=lower_case)
+    return Settings(name, max_length=length, lower_case=lower_case)
 
 
 def check_adapter(name: str, folder: Path) -> None:
@@ -235,12 +235,12 @@ def read_head_module(kind: str, folder: Path) -> nn.Module:
     return dense
 
 
-def check_widths(said: Said, width: int) -> None:
+def check_widths(settings: Settings, width: int) -> None:
     """Raises ValueError where a Dense does not take what comes before it, at first the pooling."""
-    for number, module in enumerate(said.head, 2):
+    for number, module in enumerate(settings.head, 2):
         if isinstance(module, Dense):
             if module.linear.in_features != width:
-                raise ValueError(f"model {said.encoder}: its Dense, module {number}, takes "
+                raise ValueError(f"model {settings.encoder}: its Dense, module {number}, takes "
                                  f"{module.linear.in_features} numbers, but {width} come in")
             width = module.linear.out_features
 
@@ -269,8 +269,8 @@ def read_transformer(folder: Path) -> tuple[int | None, bool]:
 
 def describe(encoder: nn.Module) -> str:
     """A line on how a text becomes a vector, and whose choice that is."""
-    said = encoder.said or Said("")
-    paper = encoder.pooling == "mean" and not said.pooling
+    settings = encoder.settings or Settings("")
+    paper = encoder.pooling == "mean" and not settings.pooling
     parts = [f"{encoder.pooling} pooling ({'the paper' if paper else 'the model'}'s)"]
     for module in encoder.head:
         if isinstance(module, Dense):
@@ -278,19 +278,20 @@ def describe(encoder: nn.Module) -> str:
                          f"trained too, which the paper does without")
         else:
             parts.append("Normalize")
-    if said.similarity != "cosine":
-        parts.append(f"similarity {said.similarity}, kept for others, while the loss takes cosines")
+    if settings.similarity != "cosine":
+        parts.append(f"similarity {settings.similarity}, kept for others, while the loss takes "
+                     f"cosines")
     parts += encoder.notes
     return "; ".join(parts)
 
 
-def own_prompts(encoder: nn.Module, one_sided: bool) -> Prompts:
+def prompts_for(encoder: nn.Module, one_sided: bool) -> Prompts:
     """The model's. one_sided: for texts that are neither queries nor documents, the prompt that
     sentence-transformers' `encode` puts before them, by default none."""
     if not one_sided:
         return prompts_of(encoder.prompts)
-    said = encoder.said or Said("")
-    prompt = encoder.prompts.get(said.more.get("default_prompt_name") or "", "")
+    settings = encoder.settings or Settings("")
+    prompt = encoder.prompts.get(settings.more.get("default_prompt_name") or "", "")
     return Prompts(prompt, prompt)
 
 
@@ -299,7 +300,7 @@ def own_prompts(encoder: nn.Module, one_sided: bool) -> Prompts:
 def write(directory: Path, encoder: nn.Module, max_length: int) -> None:
     """modules.json and what it names, beside a PooledEncoder's backbone that is written already.
     Every field is there, for other readers than sentence-transformers have no defaults."""
-    said, head = encoder.said or Said(""), encoder.head
+    settings, head = encoder.settings or Settings(""), encoder.head
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     modules += [(f"{i}_{type(one).__name__}", type(one).__name__) for i, one in enumerate(head, 2)]
     write_json(directory / "modules.json", [
@@ -322,10 +323,10 @@ def write(directory: Path, encoder: nn.Module, max_length: int) -> None:
             weights = {name: x.contiguous() for name, x in module.state_dict().items()}
             save_file(weights, directory / path / "model.safetensors", {"format": "pt"})
     write_json(directory / "sentence_bert_config.json",  # no reader's integer is as large as 1e30
-               {"max_seq_length": min(max_length, 1 << 30), "do_lower_case": said.lower_case})
-    write_json(directory / "config_sentence_transformers.json", said.more | {
-        "prompts": encoder.prompts, "default_prompt_name": said.more.get("default_prompt_name"),
-        "similarity_fn_name": said.similarity})
+               {"max_seq_length": min(max_length, 1 << 30), "do_lower_case": settings.lower_case})
+    write_json(directory / "config_sentence_transformers.json", settings.more | {
+        "prompts": encoder.prompts, "default_prompt_name": settings.more.get("default_prompt_name"),
+        "similarity_fn_name": settings.similarity})
     follow_umask(directory)
 
 

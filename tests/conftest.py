@@ -73,7 +73,8 @@ class Compass(nn.Module):
         directions = torch.tensor([[0, 0]] * 4 + [[0, 1], [1, 0], [0, -1], [-1, 0]]).float()
         self.table, self.dropout = nn.Embedding.from_pretrained(directions), nn.Dropout(0.9)
         # what `model.load` gives every encoder
-        self.pooling, self.head, self.said, self.notes, self.prompts = "mean", [], None, [], {}
+        self.pooling, self.head, self.notes = "mean", [], []
+        self.settings, self.prompts = None, {}
 
     def forward(self, input_ids, attention_mask):
         return self.dropout((self.table(input_ids) * attention_mask[:, :, None]).sum(1))

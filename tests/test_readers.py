@@ -68,7 +68,7 @@ def ours(directory, texts=TEXTS):
     """The vectors of texts that are neither queries nor documents, of queries, of documents."""
     encoder, tokens = model.load(directory)
     prompts = prompts_of(encoder.prompts)
-    neither = model_directory.own_prompts(encoder, one_sided=True).query
+    neither = model_directory.prompts_for(encoder, one_sided=True).query
     return [embed(encoder, tokens, texts, prompt=prompt) for prompt in (neither, *prompts)]
 
 
