@@ -12,6 +12,7 @@ there is not run again.
 import argparse
 import hashlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -88,8 +89,9 @@ def run(*arguments: object) -> str:
 
 
 def train(out: Path, *flags: object) -> Path:
-    """The model of a run, which is not run again where it is there."""
+    """The model of a run, which is not run again where it is there; half a run is begun anew."""
     if not (out / "model").is_dir():
+        shutil.rmtree(out, ignore_errors=True)
         run("train.py", *flags, "--out", out)
     return out / "model"
 
