@@ -11,11 +11,11 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from itertools import islice
 from pathlib import Path
 
-from corpora.formats import ARRAY, Columns, Row, UnexplainedField, records, shown
+from corpora.formats import ARRAY, Columns, Row, UnexplainedField, records, shown, text_of
 
 KINDS = ".jsonl", ".parquet", ".csv", ".tsv"  # of shards in a folder; .jsonl, .csv, .tsv also .gz
 SPLITS = re.compile(r"(train|test|dev|validation|val)(?![a-z])")
@@ -59,12 +59,10 @@ def values_of(file: Path, reader: Callable[[Path], Values], found: dict[str, lis
 def readers_of(path: Path) -> list[tuple[Path, Callable[[Path], Values]]]:
     """The files that a path stands for, and what reads each."""
     if is_beir(path):
-        return [(path / "corpus.jsonl", read_documents)]
+        return [(beir_file(path, "corpus"), read_documents)]
     if is_judgements(path):
-        if not path.is_file():
-            splits = ", ".join(sorted(file.stem for file in path.parent.glob("*.tsv")))
-            raise FileNotFoundError(f'{path}: no such file; "split" may be {splits}')
-        return [(path, read_judgements)]
+        check_split(path)
+        return [(path, read_pairs)]
     readers = {".parquet": read_parquet, ".csv": read_csv, ".tsv": read_csv}
     return [(file, readers.get(kind(file), read_lines)) for file in shards(path)]
 
@@ -104,7 +102,7 @@ def inputs(path: Path) -> list[Path]:
     """All files on whose bytes it depends what `read` gives."""
     files = [file for file, _ in readers_of(path)]
     if is_judgements(path):
-        files += [path.parents[1] / name for name in ("queries.jsonl", "corpus.jsonl")]
+        files += [beir_file(path.parents[1], name) for name in ("queries", "corpus")]
     return files
 
 
@@ -181,11 +179,20 @@ def read_parquet(path: Path) -> Values:
         raise ValueError(f"{path}, after row {number}: no Parquet ({reason})") from None
 
 
-# BEIR: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv. Its pairs are in the file of judgements, and
-# the directory itself stands for its documents.
+# BEIR (Thakur et al. 2021): corpus.jsonl and queries.jsonl, or .jsonl.gz, of {"_id", "title",
+# "text"}, where a title may be missing; qrels/SPLIT.tsv. The pairs are in the file of judgements,
+# and the directory itself stands for its documents.
+
+HEADER = ["query-id", "corpus-id", "score"]
+
+
+def beir_file(folder: Path, name: str) -> Path:
+    plain, packed = folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"
+    return packed if packed.is_file() and not plain.is_file() else plain
+
 
 def is_beir(path: Path) -> bool:
-    return (path / "corpus.jsonl").is_file() and (path / "qrels").is_dir()
+    return beir_file(path, "corpus").is_file() and (path / "qrels").is_dir()
 
 
 def is_judgements(path: Path) -> bool:
@@ -197,42 +204,86 @@ def judgements(path: Path, split: str) -> Path:
     return path / "qrels" / f"{split}.tsv" if is_beir(path) else path
 
 
-def read_judgements(path: Path) -> Values:
-    """Each judged pair with a score above 0, in the order of the documents. In memory: the pairs,
-    and the texts of their queries."""
-    folder, pairs = path.parents[1], {}
-    for number, _, value in read_csv(path):
-        try:
-            query, document, score = value["query-id"], value["corpus-id"], float(value["score"])
-        except (KeyError, ValueError):
-            raise ValueError(f"{path}, line {number}: found {shown(value)}, expected query-id, "
-                             f"corpus-id and score, a number") from None
-        if score > 0:
-            pairs.setdefault(document, []).append((number, query))
-    asked = {query for found in pairs.values() for _, query in found}
-    texts = {name: value["text"] for name, value in read_named(folder / "queries.jsonl")
-             if name in asked}
-    for document, value in read_named(folder / "corpus.jsonl"):
-        for number, query in pairs.pop(document, ()):
-            if query not in texts:
-                raise ValueError(f'{path}, line {number}: query "{query}" is not in queries.jsonl')
-            yield number, 0, {"query": texts[query], "positive": value}
-    for document, found in pairs.items():
-        raise ValueError(f'{path}, line {found[0][0]}: document "{document}" is not in '
-                         f'corpus.jsonl')
+def check_split(path: Path) -> None:
+    """Raises FileNotFoundError with the splits that there are."""
+    if not path.is_file():
+        there = ", ".join(sorted(file.stem for file in path.parent.glob("*.tsv"))) or "none"
+        raise FileNotFoundError(f"{path}: no such file; splits there: {there}")
 
 
 def read_documents(path: Path) -> Values:
     """The documents that are not empty, each with its id for a query, which nobody asks."""
-    for number, (name, value) in enumerate(read_named(path), 1):
-        if f"{value.get('title') or ''}{value['text']}".strip():
-            yield number, 0, {"query": name, "positive": value}
+    for number, (id, text) in enumerate(read_texts(path, may_be_empty=True), 1):
+        if text:
+            yield number, 0, {"query": id, "positive": text}
 
 
-def read_named(path: Path) -> Iterator[tuple[str, dict]]:
-    """(id, the object) of each line."""
-    for number, _, value in read_lines(path):
-        if not isinstance(value, dict) or "_id" not in value or "text" not in value:
-            raise ValueError(f'{path}, line {number}: found {shown(value)}, expected '
-                             f'{{"_id", "text"}}')
-        yield str(value["_id"]), value
+def read_pairs(path: Path) -> Values:
+    """Each pair judged above 0, in the order of the documents. In memory: the judgements, the texts
+    of all queries, the ids of all documents."""
+    folder, judged = path.parents[1], {}
+    queries = dict(read_texts(beir_file(folder, "queries"), may_be_empty=False))
+    for (query, document), (number, grade) in read_judgements(path).items():
+        if grade > 0:
+            check_known(path, number, "query-id", query, queries)
+            judged.setdefault(document, []).append((number, query))
+    for document, text in read_texts(beir_file(folder, "corpus"), may_be_empty=True):
+        for number, query in judged.pop(document, ()):
+            yield number, 0, {"query": queries[query], "positive": text}
+    for document, [(number, _), *_] in judged.items():
+        check_known(path, number, "corpus-id", document, ())
+
+
+def read_texts(path: Path, may_be_empty: bool) -> Iterator[tuple[str, str]]:
+    """(id, text after its title) of each line. may_be_empty: collections have such documents.
+    Raises OSError, and ValueError naming file, line and field."""
+    ids = set()
+
+    def parse(value: object) -> list[tuple[str, str]]:
+        if not isinstance(value, dict):
+            raise ValueError(f"found {shown(value)}, expected an object")
+        id, text = value.get("_id"), value.get("text")
+        id = text_of(str(id) if type(id) is int else id, "_id")
+        if id in ids:
+            raise ValueError(f'field "_id": found {json.dumps(id)} a second time; remove one of '
+                             f'the two lines')
+        ids.add(id)
+        if isinstance(text, str):
+            text = f"{value.get('title') or ''} {text}".strip()
+        return [(id, text if text == "" and may_be_empty else text_of(text, "text"))]
+
+    return (found for _, [found] in read(path, parse))
+
+
+def read_judgements(path: Path) -> dict[tuple[str, str], tuple[int, int]]:
+    """{(id of a query, id of a document): (line number, grade)}. Raises OSError, and ValueError
+    naming file, line and field."""
+    check_split(path)
+    judged = {}
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            fields = [field.strip() for field in line.split("\t")]
+            if len(fields) != 3 or number == 1 and fields != HEADER:
+                raise ValueError(f"{where}: found {json.dumps(line)[:60]}, expected three fields "
+                                 f"with tabs between, and in line 1 {', '.join(HEADER)}")
+            if number == 1:
+                continue
+            query, document, score = fields
+            if not score.removeprefix("-").isdecimal():
+                raise ValueError(f'{where}: field "score": found {json.dumps(score)}, expected a '
+                                 f'whole number')
+            _, grade = judged.setdefault((query, document), (number, int(score)))
+            if grade != int(score):
+                raise ValueError(f'{where}: field "score": found {score}, but an earlier line has '
+                                 f'another for this query and document; remove one of them')
+    return judged
+
+
+def check_known(path: Path, number: int, field: str, id: str, known: Container[str]) -> None:
+    """Raises ValueError where a judgement is of a text that is not in the collection."""
+    if id not in known:
+        raise ValueError(f'{path}, line {number}: field "{field}": found {json.dumps(id)}, which '
+                         f'is not in the collection; add it or remove the line')

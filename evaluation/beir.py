@@ -1,16 +1,11 @@
 """Retrieval in a collection of BEIR's (Thakur et al. 2021): a directory of documents, queries and
-graded judgements.
-
-    corpus.jsonl, or .jsonl.gz     {"_id", "title", "text"}, the title may be missing or empty
-    queries.jsonl, or .jsonl.gz    {"_id", "text"}
-    qrels/SPLIT.tsv                query-id, corpus-id, score, below a line that says so
+graded judgements, as corpora/convert.py reads it.
 
 Documents are read as they are embedded, and searched at once: of their texts and vectors a chunk is
 held, of all of them the ids. Axis letters: M queries, K documents, k of a chunk, D width. Nothing
 here knows how an encoder was trained.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,15 +18,14 @@ import numpy as np
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from corpora.convert import read as read_values
-from corpora.formats import Prompts, text_of
+from corpora.convert import beir_file, check_known, read_judgements, read_texts
+from corpora.formats import Prompts
 from evaluation import search
 from evaluation.embed import embed
 from evaluation.metrics import graded_ndcg, graded_recall, reciprocal_rank
 
 CHUNK = 2048  # ours: documents embedded and searched at a time, for memory only
 RESULTS = 100  # of a query
-HEADER = ["query-id", "corpus-id", "score"]
 
 
 class Collection(NamedTuple):
@@ -46,20 +40,19 @@ class Collection(NamedTuple):
     order: np.ndarray  # (K,) position of each document's id among all ids, sorted
 
 
-# reading
-
 def read(directory: str, split: str) -> Collection:
     """Reads queries and judgements, and checks the documents. Says what does not count. Raises
     OSError or ValueError, one line each."""
     folder = Path(directory)
-    qrels = folder / "qrels" / f"{split}.tsv"
-    if not qrels.is_file():
-        there = ", ".join(sorted(path.stem for path in qrels.parent.glob("*.tsv"))) or "none"
-        raise FileNotFoundError(f"{qrels}: no such file; --split may be one of: {there}")
-    corpus = find(folder, "corpus")
+    qrels, corpus = folder / "qrels" / f"{split}.tsv", beir_file(folder, "corpus")
+    scores = read_judgements(qrels)
     documents = {id: i for i, (id, _) in enumerate(read_texts(corpus, may_be_empty=True))}
-    texts = dict(read_texts(find(folder, "queries"), may_be_empty=False))
-    judged = read_judgements(qrels, texts, documents)
+    texts = dict(read_texts(beir_file(folder, "queries"), may_be_empty=False))
+    judged = {}
+    for (query, document), (number, grade) in scores.items():
+        check_known(qrels, number, "query-id", query, texts)
+        check_known(qrels, number, "corpus-id", document, documents)
+        judged.setdefault(query, {})[documents[document]] = grade
     relevant = {id: grades for id, grades in judged.items() if max(grades.values()) > 0}
     if not relevant:
         raise ValueError(f"{qrels}: no score is above 0, so no query has a relevant document; "
@@ -76,69 +69,6 @@ def read(directory: str, split: str) -> Collection:
     return Collection(corpus, split, [texts[id] for id in relevant], list(relevant.values()),
                       tuple(np.array(same, int).reshape(-1, 2).T), order)
 
-
-def find(folder: Path, name: str) -> Path:
-    plain, packed = folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"
-    return packed if packed.is_file() and not plain.is_file() else plain
-
-
-def read_texts(path: Path, may_be_empty: bool) -> Iterator[tuple[str, str]]:
-    """(id, text) of each line. Raises OSError, and ValueError naming file, line and field."""
-    ids = set()
-
-    def parse_new(value: object) -> list[tuple[str, str]]:
-        id, text = parse(value, may_be_empty)
-        if id in ids:
-            raise ValueError(f'field "_id": found {json.dumps(id)} a second time; remove one of '
-                             f'the two lines')
-        ids.add(id)
-        return [(id, text)]
-
-    return (found for _, [found] in read_values(path, parse_new))
-
-
-def parse(value: object, may_be_empty: bool) -> tuple[str, str]:
-    """The id, and the text after its title. may_be_empty: collections have such documents."""
-    if not isinstance(value, dict):
-        raise ValueError(f"found {json.dumps(value)[:40]}, expected an object")
-    id, text = value.get("_id"), value.get("text")
-    id = text_of(str(id) if type(id) is int else id, "_id")
-    if isinstance(text, str):
-        text = f"{value.get('title') or ''} {text}".strip()
-    return id, text if text == "" and may_be_empty else text_of(text, "text")
-
-
-def read_judgements(path: Path, queries: dict, documents: dict[str, int]
-                    ) -> dict[str, dict[int, int]]:
-    """{id of a query: {document: grade}}. Raises ValueError naming file, line and field."""
-    judged = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            fields = [field.strip() for field in line.split("\t")]
-            if len(fields) != 3 or number == 1 and fields != HEADER:
-                raise ValueError(f"{where}: found {json.dumps(line)[:60]}, expected three fields "
-                                 f"with tabs between, and in line 1 {', '.join(HEADER)}")
-            if number == 1:
-                continue
-            for name, id, known in zip(HEADER, fields, (queries, documents)):
-                if id not in known:
-                    raise ValueError(f'{where}: field "{name}": found {json.dumps(id)}, which is '
-                                     f'not in the collection; add it or remove the line')
-            query, document, score = fields
-            if not score.removeprefix("-").isdecimal():
-                raise ValueError(f'{where}: field "score": found {json.dumps(score)}, expected a '
-                                 f'whole number')
-            grades = judged.setdefault(query, {})
-            if grades.setdefault(documents[document], int(score)) != int(score):
-                raise ValueError(f'{where}: field "score": found {score}, but an earlier line has '
-                                 f'another for this query and document; remove one of them')
-    return judged
-
-
-# measuring
 
 def retrieval(encoder, tokenizer, collection: Collection, max_length: int | None,
               micro_tokens: int, prompts: Prompts | None = None) -> dict:

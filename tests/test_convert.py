@@ -190,6 +190,16 @@ def test_a_beir_directory_gives_the_pairs_that_were_judged_right(tmp_path):
     assert [row[:3] for row in read_rows(tmp_path / "b" / "qrels" / "test.tsv")] == test
 
 
+def test_a_beir_directory_may_be_packed_and_have_numbers_for_ids(tmp_path):
+    beir(tmp_path / "b", [{"_id": 7, "text": "x"}], [{"_id": 1, "text": "what?"}],
+         "query-id\tcorpus-id\tscore\n1\t7\t1\n")
+    for name in ("corpus", "queries"):
+        plain = tmp_path / "b" / f"{name}.jsonl"
+        plain.with_suffix(".jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    assert rows_of(open_source(tmp_path, "b")) == [("what?", "x", [])]
+
+
 def test_the_documents_of_a_beir_directory_are_its_collection(tmp_path):
     """All but the one that is empty; or the manifest names another."""
     beir(tmp_path / "b")
@@ -201,15 +211,22 @@ def test_the_documents_of_a_beir_directory_are_its_collection(tmp_path):
 
 
 BAD_BEIR = {  # the directory, and what the message says
-    "split": ({"train": TRAIN}, {"split": "dev"}, '/qrels/dev.tsv: no such file; "split" may be '
-                                                  'test, train'),
-    "document": ({"corpus": DOCUMENTS[:1]}, {}, '/qrels/train.tsv, line 3: document "d1" is not'),
-    "query": ({"queries": QUERIES[1:]}, {}, '/qrels/train.tsv, line 2: query "q0" is not'),
+    "split": ({}, {"split": "dev"}, "/qrels/dev.tsv: no such file; splits there: test, train"),
+    "document": ({"corpus": DOCUMENTS[:1]}, {},
+                 '/qrels/train.tsv, line 3: field "corpus-id": found "d1", which is not in the'),
+    "query": ({"queries": QUERIES[1:]}, {},
+              '/qrels/train.tsv, line 2: field "query-id": found "q0", which is not in the'),
     "empty": ({"train": TRAIN + "q0\td3\t1\n"}, {}, '/qrels/train.tsv, line 6: field "positive": '
                                                     'the text is empty'),
-    "score": ({"train": TRAIN + "q0\td3\tyes\n"}, {}, "/qrels/train.tsv, line 6: found {"),
-    "header": ({"train": "q0\td0\t1\nq1\td0\t1\n"}, {}, "/qrels/train.tsv, line 2: found {"),
-    "no id": ({"corpus": [{"title": "T", "text": "x"}]}, {}, "/corpus.jsonl, line 1: found {"),
+    "score": ({"train": TRAIN + "q0\td3\tyes\n"}, {},
+              '/qrels/train.tsv, line 6: field "score": found "yes"'),
+    "another score": ({"train": TRAIN + "q0\td0\t2\n"}, {},
+                      '/qrels/train.tsv, line 6: field "score": found 2, but'),
+    "header": ({"train": "q0\td0\t1\nq1\td0\t1\n"}, {}, "/qrels/train.tsv, line 1: found "),
+    "no id": ({"corpus": [{"title": "T", "text": "x"}]}, {},
+              '/corpus.jsonl, line 1: field "_id": found null'),
+    "an id twice": ({"corpus": [*DOCUMENTS, DOCUMENTS[0]]}, {},
+                    '/corpus.jsonl, line 6: field "_id": found "d0" a second time'),
 }
 
 
