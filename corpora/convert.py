@@ -22,6 +22,7 @@ SPLITS = re.compile(r"(train|test|dev|validation|val)(?![a-z])")
 BATCH = 1024  # rows of a Parquet file
 LONGEST_CELL = 1 << 24  # characters of a CSV file; more is a quote that was not closed
 SAMPLE = 1000  # rows in which the values of a field are looked up, for a message
+NO_PAIR = object()  # in place of a value: a judgement that makes no row
 BROKEN_GZIP = EOFError, gzip.BadGzipFile, zlib.error
 
 Values = Iterator[tuple[int, int, object]]  # line number, byte offset in JSON lines, JSON value
@@ -33,7 +34,7 @@ def read(path: Path, parse: Callable[[object], list]) -> Iterator[tuple[int, lis
     for file, reader in readers_of(path):
         for number, offset, value in reader(file):
             try:
-                parsed = parse(value)
+                parsed = parse(value) if value is not NO_PAIR else []
             except ValueError as error:
                 if isinstance(error, UnexplainedField):
                     error = UnexplainedField(values_of(file, reader, error.found))
@@ -219,14 +220,16 @@ def read_documents(path: Path) -> Values:
 
 
 def read_pairs(path: Path) -> Values:
-    """Each pair judged above 0, in the order of the documents. In memory: the judgements, the texts
-    of all queries, the ids of all documents."""
+    """Each pair judged above 0, in the order of the documents; first, NO_PAIR for each other one.
+    In memory: the judgements, the texts of all queries, the ids of all documents."""
     folder, judged = path.parents[1], {}
     queries = dict(read_texts(beir_file(folder, "queries"), may_be_empty=False))
     for (query, document), (number, grade) in read_judgements(path).items():
         if grade > 0:
             check_known(path, number, "query-id", query, queries)
             judged.setdefault(document, []).append((number, query))
+        else:
+            yield number, 0, NO_PAIR
     for document, text in read_texts(beir_file(folder, "corpus"), may_be_empty=True):
         for number, query in judged.pop(document, ()):
             yield number, 0, {"query": queries[query], "positive": text}

@@ -104,8 +104,8 @@ def write_index(name: str, path: Path, columns: Columns, directory: Path) -> Non
                 first += len(hashes)
                 same += row.query == row.positive
     if without:
-        print(f'source {name}: {without} of {lines} lines of {path} are left out, as "where" or '
-              f'their gold_label says')
+        print(f'source {name}: {without} of {lines} lines of {path} are left out, as "where", '
+              f'their gold_label or a judgement of 0 or less says')
     if same:
         print(f"source {name}: in {same} rows of {path} the query is the positive: without prompts "
               f"both are one vector, whatever the dropout")

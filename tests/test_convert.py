@@ -177,11 +177,14 @@ def beir(folder, corpus=DOCUMENTS, queries=QUERIES, train=TRAIN):
     write(folder / "qrels" / "test.tsv", TEST.encode())
 
 
-def test_a_beir_directory_gives_the_pairs_that_were_judged_right(tmp_path):
-    """Three of four judgements are above 0. The title stands before the text. Other splits are
-    other rows, and `eval` and `--pairs` take test."""
-    beir(tmp_path / "b")
+def test_a_beir_directory_gives_the_pairs_that_were_judged_right(tmp_path, capsys):
+    """Three of five judgements are above 0; the others are counted, once. The title stands before
+    the text. Other splits are other rows, and `eval` and `--pairs` take test."""
+    beir(tmp_path / "b", train=TRAIN + "q3\td1\t-1\n")
     source = open_source(tmp_path, "b")
+    assert f"source a: 2 of 5 lines of {tmp_path}/b/qrels/train.tsv" in capsys.readouterr().out
+    open_source(tmp_path, "b")
+    assert capsys.readouterr().out == ""
     assert sorted(rows_of(source)) == [("what 0?", "T x", []), ("what 0?", "y", []),
                                        ("what 1?", "T x", [])]
     test = [("what 3?", "z", [])]
@@ -247,13 +250,13 @@ def test_a_file_is_converted_once_and_anew_when_one_of_its_files_changed(
         write(tmp_path / "d" / f"{part}.csv", b"query,positive\na,b\n")
     beir(tmp_path / "b")
     open_source(tmp_path, name)
-    assert capsys.readouterr().out.count("\n") == 1
+    assert capsys.readouterr().out.count("indexing") == 1
     before = set((tmp_path / ".cache" / "v2").iterdir())
     open_source(tmp_path, name)
     assert capsys.readouterr().out == ""
     os.utime(tmp_path / changed, (1, 1))
     open_source(tmp_path, name)
-    assert capsys.readouterr().out.count("\n") == 1
+    assert capsys.readouterr().out.count("indexing") == 1
     assert len(set((tmp_path / ".cache" / "v2").iterdir()) - before) == 1
 
 
