@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 import model
 from corpora.convert import judgements, read_rows
 from corpora.convert import read as read_values
-from corpora.formats import Columns, text_of
+from corpora.formats import Columns, shown, text_of
 from corpora.prompts import check_file, describe_prompts, parse_prompts
 from evaluation import beir
 from evaluation.embed import MAX_LENGTH, MICRO_TOKENS
@@ -32,8 +33,8 @@ LABELLED = {"text": "text", "label": "text or a whole number"}
 
 
 def read_fields(path: str, fields: dict[str, str]) -> list[tuple]:
-    """Lines {"field": value, ...} or [value, ...] of a .jsonl or .jsonl.gz file, as tuples in the
-    order of `fields`: {name: one of KINDS}. Raises ValueError naming file, line and field."""
+    """Lines {"field": value, ...} or [value, ...], or rows of a table, as tuples in the order of
+    `fields`: {name: one of KINDS}. Raises ValueError naming file, line and field."""
     parsed = read_values(Path(path), lambda value: [parse_fields(value, fields)])
     return [row for _, rows in parsed for row in rows]
 
@@ -42,16 +43,19 @@ def parse_fields(value: object, fields: dict[str, str]) -> tuple:
     if isinstance(value, list):
         value = dict(zip(fields, value))
     if not isinstance(value, dict):
-        raise ValueError(f"found {json.dumps(value)[:40]}, expected a list or an object")
+        raise ValueError(f"found {shown(value)}, expected a list or an object")
     return tuple(parse_field(name, value.get(name), kind) for name, kind in fields.items())
 
 
 def parse_field(name: str, value: object, kind: str) -> str | int | float:
     if isinstance(value, str):
         value = text_of(value, name)
+        if str not in KINDS[kind]:
+            with suppress(ValueError):  # a cell of a CSV file
+                value = float(value)
     finite = not isinstance(value, float) or math.isfinite(value)
     if type(value) not in KINDS[kind] or not finite:  # type: true is no number
-        raise ValueError(f'field "{name}": found {json.dumps(value)[:40]}, expected {kind}')
+        raise ValueError(f'field "{name}": found {shown(value)}, expected {kind}')
     return str(value) if str in KINDS[kind] else value
 
 

@@ -323,6 +323,15 @@ def test_scored_prints_spearman(compass, tmp_path, capsys):
         "model": "M", "file": file, "spearman": pytest.approx(1.0), "sentence_pairs": 3}
 
 
+@pytest.mark.parametrize("name, separator", [("a.csv", ","), ("a.tsv", "\t")])
+def test_scores_in_a_table_are_numbers(compass, tmp_path, capsys, name, separator):
+    """In order of number, not of text: cosines -1, 0, 1 and 9, 10, 1e2."""
+    rows = ("sentence1", "sentence2", "score"), ("north", "south", "9"), ("north", "east", "10"), (
+        "north", "north", " 1e2")
+    (tmp_path / name).write_text("".join(separator.join(row) + "\n" for row in rows))
+    assert printed(capsys, "M", "--scored", str(tmp_path / name))["spearman"] == pytest.approx(1.0)
+
+
 def test_labelled_prints_v_measure(compass, tmp_path, capsys):
     """Two directions, two labels; 7 and "7" are one label."""
     file = lines(tmp_path / "labelled.jsonl", ["north", 7], ["north north", "7"],
@@ -340,7 +349,8 @@ def test_labelled_prints_v_measure(compass, tmp_path, capsys):
     ("--scored", '["a", "b"]', 'line 1: field "score": found null, expected a finite number'),
     ("--scored", '["a", "b", NaN]', 'line 1: field "score": found NaN, expected a finite number'),
     ("--scored", '["a", "b", true]', 'line 1: field "score": found true, expected a finite number'),
-    ("--scored", '["a", "b", "5"]', 'line 1: field "score": found "5", expected a finite number'),
+    ("--scored", '["a", "b", "4,5"]', 'line 1: field "score": found "4,5", expected a finite'),
+    ("--scored", '["a", "b", "nan"]', 'line 1: field "score": found NaN, expected a finite'),
     ("--scored", '["a", 2, 1]', 'line 1: field "sentence2": found 2, expected text'),
     ("--scored", '["a", "b", 1]\n["c", "d", 1]', "found 1 on every line"),
     ("--labelled", '{"text": "a", "label": 1.5}',
