@@ -26,7 +26,7 @@ LAYOUTS = [
 ]
 # All that an object has are read, in this order; then negative_1, negative_2 and so on.
 NEGATIVES = ("negatives", "negative", "negs", "neg", "negative_passages", "hard_negative_ctxs",
-             "hard_negatives")
+             "negative_ctxs", "hard_negatives")
 NUMBERED = re.compile(r"negative_(\d+)")
 # These may change what a row means, and only the manifest can say how. "prompt", "pos_scores",
 # "neg_scores" and "type" are FlagEmbedding's.

@@ -19,7 +19,8 @@ from plumbing.files import publish
 HASH = np.dtype("<u8")
 # offset: the byte at which its line begins; item: which of the line's rows it is; negatives: how
 # many it has, whose hashes are in a second array, from first_negative on; query, positive: hashes.
-# A change here, or in what `records` makes of a line, wants another .cache/v2.
+# A change here, or in what `records` makes of a line, wants another VERSION.
+VERSION = 3
 INDEX_ROW = np.dtype([("offset", "<u8"), ("item", "<u4"), ("negatives", "<u4"),
                       ("first_negative", "<u8"), ("query", HASH), ("positive", HASH)])
 PACKED = Struct("<QIIQQQ")  # the same
@@ -53,7 +54,7 @@ def open_index(name: str, path: Path, columns: Columns, cache: Path) -> Index:
         raise FileNotFoundError(f"source {name}: {error}") from None
     # a changed file is a new one
     files = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    version = hexdigest(repr((files, columns)).encode())
+    version = hexdigest(repr((VERSION, files, columns)).encode())
     directory = cache / f"{Path(files[0][0]).name.split('.')[0]}-{version}"
     plain = is_plain(path)
     if not directory.is_dir():

@@ -22,7 +22,7 @@ PASSAGES = [{"title": "T", "text": "p"}, {"title": "", "text": "p2"}, {"title": 
 TEVATRON = {"query_id": "1", "query": "q", "positive_passages": PASSAGES,
             "negative_passages": PASSAGES[:2]}
 DPR = {"dataset": "nq", "question": "q", "answers": ["x"], "positive_ctxs": PASSAGES[:1],
-       "negative_ctxs": [], "hard_negative_ctxs": PASSAGES[1:3]}
+       "negative_ctxs": PASSAGES[3:], "hard_negative_ctxs": PASSAGES[1:3]}
 SNLI = {"sentence1": "q", "sentence2": "p"}
 LINES = {  # a line, and its rows
     "pair": (["q", "p"], [("q", "p", [])]),
@@ -35,7 +35,7 @@ LINES = {  # a line, and its rows
     "sentence-transformers": ({"anchor": "q", "positive": "p", "negative": "n"},
                               [("q", "p", ["n"])]),
     "Tevatron": (TEVATRON, [("q", p, ["T p", "p2"]) for p in ("T p", "p2", "p3", "p4")]),
-    "DPR": (DPR, [("q", "T p", ["p2", "p3"])]),
+    "DPR": (DPR, [("q", "T p", ["p2", "p3", "p4"])]),  # the hard ones first
     "SNLI, entailment": (SNLI | {"gold_label": "entailment"}, [("q", "p", [])]),
     "SNLI, neutral": (SNLI | {"gold_label": "neutral"}, []),
     "SNLI, contradiction": (SNLI | {"gold_label": "contradiction"}, []),
