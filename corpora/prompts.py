@@ -3,11 +3,13 @@
 are told apart, kept and written without them."""
 
 import json
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from corpora.convert import read
 from corpora.formats import DOCUMENT, Columns, Prompts, prompts_of, records
+from corpora.index import hexdigest
 
 
 def parse_prompts(text: str | None) -> Prompts | None:
@@ -77,12 +79,19 @@ def choose_prompts(sources: list, given: str | None, named: dict[str, str]
 
 
 def check_prompts(sources: list) -> None:
-    """Reads all rows. Raises ValueError naming file and line where a text already begins with its
-    prompt."""
+    """Reads all rows, and leaves word of it beside their index, for the next run with these
+    prompts. Raises ValueError naming file and line where a text already begins with its prompt."""
     for source in sources:
-        if any(source.prompts):
-            for path in filter(None, (source.path, source.eval)):
-                check_file(path, source.prompts, source.columns)
+        if not any(source.prompts):
+            continue
+        if source.eval:
+            check_file(source.eval, source.prompts, source.columns)
+        checked = f"checked-{hexdigest(repr(source.prompts).encode())}"
+        checked = Path(source.index.filename).with_name(checked)
+        if not checked.exists():
+            check_file(source.path, source.prompts, source.columns)
+            with suppress(OSError):  # another user's cache
+                checked.touch()
 
 
 def check_file(path: Path, prompts: Prompts, columns: Columns) -> None:

@@ -5,6 +5,7 @@ Directories are those of zoo.py, their vectors worked out from transformers' hid
 """
 
 import json
+import os
 import random
 import shutil
 from importlib.util import find_spec
@@ -23,8 +24,10 @@ import data
 import memory
 import model
 import train
+from corpora import convert
 from corpora.convert import read_rows
 from corpora.formats import Prompts, prompts_of
+from corpora.prompts import check_prompts
 from curation import cross_encoder
 from curation.__main__ import main as curate
 from curation.reranker import Reranker
@@ -752,6 +755,25 @@ def test_a_row_that_begins_with_its_prompt_is_refused_before_the_first_step(
     message = refused(capsys, *FLAGS, "--model", "st")
     assert "right.jsonl, line 8" in message and ("passage" if text else "query") in message
     assert not Path("runs").exists()
+
+
+def test_rows_are_looked_through_once_for_the_same_prompts(folder, monkeypatch):
+    """Again for other prompts, and when the file changed."""
+    reads, read_lines = [], convert.read_lines
+    monkeypatch.setattr(convert, "read_lines", lambda path: reads.append(path) or read_lines(path))
+
+    def look_through(*prompts):
+        source, _ = data.load_sources("sources.json")
+        reads.clear()
+        source.prompts = Prompts(*prompts)
+        check_prompts([source])
+        return len(reads)
+
+    assert [look_through(query) for query in ("a: ", "A: ", "a: ", "A: ")] == [1, 1, 0, 0]
+    os.utime("left.jsonl", (1, 1))
+    assert [look_through("a: "), look_through("a: ")] == [1, 0]
+    with pytest.raises(ValueError, match="left.jsonl, line 1"):
+        look_through(json.loads(Path("left.jsonl").read_text().split("\n")[0])[0])
 
 
 def test_a_held_out_row_that_begins_with_its_prompt_is_refused_by_file_and_line(prompter, capsys):
