@@ -44,8 +44,8 @@ class Source:
 
     def __init__(self, name: str, path: Path, rate: float, kind: str, cache: Path,
                  eval: Path | None = None, collection: Path | None = None,
-                 prompts: Prompts | None = None, columns: Columns = Columns()):
-        self.name, self.path, self.rate, self.kind = name, path, rate, kind
+                 prompts: Prompts | None = None, columns: Columns = Columns(), licence: str = ""):
+        self.name, self.path, self.rate, self.kind, self.licence = name, path, rate, kind, licence
         self.cache, self.eval, self.collection, self.columns = cache, eval, collection, columns
         self.prompts = prompts  # the manifest's, until corpora/prompts.py has chosen
         self.index, self.negative_hashes, self.lines, self.fingerprint = open_index(

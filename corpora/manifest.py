@@ -12,23 +12,24 @@ from corpora.formats import Columns, as_text, prompts_of
 
 DEFAULTS = {"name": None, "path": None, "rate": 1, "kind": "retrieval", "eval": None,
             "collection": None, "prompts": None, "split": None, "query": None, "positive": None,
-            "negatives": [], "where": {}, "ignore": []}
-SOURCE_FIELDS = "name", "path", "rate", "kind", "eval", "collection", "prompts", "columns"
+            "negatives": [], "where": {}, "ignore": [], "licence": ""}
+SOURCE_FIELDS = ("name", "path", "rate", "kind", "eval", "collection", "prompts", "columns",
+                 "licence")
 ROW_FIELDS = "split", "query", "positive", "negatives", "where", "ignore"  # of the files' own rows
 
 
 def read_manifest(path: Path) -> list[dict]:
-    """{"name", "path", "rate", "kind", "eval", "collection", "prompts", "columns"} for each source
-    of a manifest, checked and with defaults; files, relative to the manifest, as Path or None.
+    """SOURCE_FIELDS of each source of a manifest, checked and with defaults; files, relative to the
+    manifest, as Path or None.
 
-    A manifest is a JSON list of such objects, which may also have a "licence", or the
-    data_config.json of sentence-transformers ({"name", "lines", "weight"}). Unless said, the path
-    is the name, the rate is the weight or 1, and the kind is "retrieval"; "similarity" is for
-    §5.2's random negatives. eval: a file of pairs to evaluate on; collection: a file whose
-    positives may become negatives too; prompts: {"query", "document"}, Prompts or None; columns:
-    of "query", "positive", "negatives", "where" and "ignore". Of a BEIR directory the path is
-    qrels/SPLIT.tsv ("split", or else train; for `eval` test), and the collection its documents.
-    Raises FileNotFoundError, and ValueError naming file, source and field."""
+    A manifest is a JSON list of such objects, or the data_config.json of sentence-transformers
+    ({"name", "lines", "weight"}). Unless said, the path is the name, the rate is the weight or 1,
+    and the kind is "retrieval"; "similarity" is for §5.2's random negatives. eval: a file of pairs
+    to evaluate on; collection: a file whose positives may become negatives too; prompts: {"query",
+    "document"}, Prompts or None; columns: of "query", "positive", "negatives", "where" and
+    "ignore". Of a BEIR directory the path is qrels/SPLIT.tsv ("split", or else train; for `eval`
+    test), and the collection its documents. Raises FileNotFoundError, and ValueError naming file,
+    source and field."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such manifest")
     try:
@@ -82,7 +83,7 @@ def check_entry(entry: dict, where: str, names: list[str]) -> None:
             raise ValueError(f'{where}: field "{field}": found {entry[field]!r}, expected '
                              f'{expected}')
 
-    known = *DEFAULTS, "licence", "lines", "weight"
+    known = *DEFAULTS, "lines", "weight"
     for field in entry:
         if field not in known:
             raise ValueError(f'{where}: unknown field "{field}"; known are {", ".join(known)}')
@@ -102,4 +103,3 @@ def check_entry(entry: dict, where: str, names: list[str]) -> None:
     values = [value for one in wanted for value in as_list(one)]
     check("where", not any(isinstance(value, dict | list) for value in values),
           "{field: a value, or a list of values}")
-

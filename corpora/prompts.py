@@ -56,21 +56,26 @@ def with_prompt(prompt: str, text: str) -> str:
     return prompt + text
 
 
-def choose_prompts(sources: list, given: str | None, named: dict[str, str]
-                   ) -> tuple[dict[str, str], str]:
+def set_prompts(sources: list, given: Prompts | None, own: Prompts) -> str:
     """Gives every source its prompts: `given` (--prompts), or else the manifest's, or else the
-    model's, `named`. -> those to save with the model, its own where the sources differ; and a line
-    that says which and whose."""
-    given, whose = parse_prompts(given), "the model's"
-    if given is not None:
-        whose = "--prompts"
-    elif any(source.prompts is not None for source in sources):
+    model's `own`. -> whose they are."""
+    whose = "the model's"
+    if any(source.prompts is not None for source in sources):
         whose = "the manifest's"
     for source in sources:
         if given is not None:
             source.prompts = given
         elif source.prompts is None:
-            source.prompts = prompts_of(named)
+            source.prompts = own
+    return whose if given is None else "--prompts"
+
+
+def choose_prompts(sources: list, given: str | None, named: dict[str, str]
+                   ) -> tuple[dict[str, str], str]:
+    """Sets the prompts of the sources by --prompts, `given`, the manifest, and the model's `named`.
+    -> those to save with the model, its own where the sources differ; and a line that says which
+    and whose."""
+    whose = set_prompts(sources, parse_prompts(given), prompts_of(named))
     chosen = {source.prompts for source in sources}
     if len(chosen) > 1:
         return named, f"prompts by source ({whose}); the model's own are kept for others"
@@ -86,8 +91,8 @@ def check_prompts(sources: list) -> None:
             continue
         if source.eval:
             check_file(source.eval, source.prompts, source.columns)
-        checked = f"checked-{hexdigest(repr(source.prompts).encode())}"
-        checked = Path(source.index.filename).with_name(checked)
+        name = f"checked-{hexdigest(repr(source.prompts).encode())}"
+        checked = Path(source.index.filename).with_name(name)
         if not checked.exists():
             check_file(source.path, source.prompts, source.columns)
             with suppress(OSError):  # another user's cache

@@ -108,11 +108,9 @@ def source_rows(batches: data.SourceBatches, manifest: Path) -> str:
     unknown = "not said"
     if is_default(manifest):
         unknown = "that of each Python package it is cut from"
-    licences = {entry["name"]: entry.get("licence") or unknown
-                for entry in json.loads(manifest.read_bytes())}
     return "\n".join(
         f"| {plain(source.name)} | {len(batches.row_ids[source.name]):,} | {source.rate:g} "
-        f"| {plain(licences[source.name])} |" for source in batches.sources)
+        f"| {plain(source.licence or unknown)} |" for source in batches.sources)
 
 
 def is_default(manifest: Path) -> bool:
