@@ -18,7 +18,7 @@ from pathlib import Path
 from corpora.formats import ARRAY, Columns, Row, UnexplainedField, records, shown, text_of
 
 KINDS = ".jsonl", ".parquet", ".csv", ".tsv"  # of shards in a folder; .jsonl, .csv, .tsv also .gz
-SPLITS = re.compile(r"(train|test|dev|validation|val)(?![a-z])")
+SPLITS = re.compile(r"(?<![a-z])(train|test|dev|validation|val)(?![a-z])")
 BATCH = 1024  # rows of a Parquet file
 LONGEST_CELL = 1 << 24  # characters of a CSV file; more is a quote that was not closed
 SAMPLE = 1000  # rows in which the values of a field are looked up, for a message
@@ -78,7 +78,7 @@ def shards(path: Path) -> list[Path]:
         if not files:
             names = ", ".join(file.name for file in there[:5]) or "nothing"
             raise ValueError(f"{path}: a folder without {', '.join(KINDS)}; found {names}")
-        splits = {match[0] for file in files if (match := SPLITS.match(file.name))}
+        splits = {match[0] for file in files if (match := SPLITS.search(file.name))}
         if len(splits) > 1:
             raise ValueError(f"{path}: holds files of several splits, {', '.join(sorted(splits))}; "
                              f"name one by a glob")
@@ -91,7 +91,15 @@ def shards(path: Path) -> list[Path]:
 
 
 def kind(file: Path) -> str:
-    return Path(file.name.removesuffix(".gz")).suffix
+    return Path(file.name.removesuffix(".gz")).suffix.lower()
+
+
+def not_read(path: Path) -> list[str]:
+    """What else is in a folder of shards."""
+    if not path.is_dir() or is_beir(path):
+        return []
+    names = {file.name for file in path.iterdir() if not file.name.startswith(".")}
+    return sorted(names - {file.name for file in shards(path)})
 
 
 def is_plain(path: Path) -> bool:
@@ -109,6 +117,23 @@ def inputs(path: Path) -> list[Path]:
 
 # kinds of files
 
+def check_names(names: list[str], where: Path | str) -> None:
+    """Raises ValueError where a name stands twice, for one of the two values would be lost."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f'{where}: two fields are called "{name}"; rename one')
+
+
+def json_object(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        check_names([name for name, _ in pairs], "an object")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=json_object)
+
+
 def read_lines(path: Path) -> Values:
     """Of a .jsonl or .jsonl.gz file, for each line that is not empty. Raises ValueError naming file
     and line."""
@@ -118,9 +143,9 @@ def read_lines(path: Path) -> Values:
             for number, line in enumerate(file, 1):
                 text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if text.strip():
-                    yield number, offset, json.loads(text.decode())
+                    yield number, offset, DECODER.decode(text.decode())
                 offset += len(line)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         if number == 1 and re.match(rb"\s*\[\s*([\[{]|$)", text):
             raise ValueError(f"{path}, line 1: {ARRAY}") from None
         raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error}); write one value a "
@@ -140,9 +165,10 @@ def read_csv(path: Path) -> Values:
             lines = (line.decode() for part in ([first], file) for line in part)
             rows = csv.reader(lines, delimiter="\t" if kind(path) == ".tsv" else ",", strict=True)
             header = next(rows, [])
-            twice = next((name for name in header if header.count(name) > 1), None)
-            if twice is not None:
-                raise ValueError(f'{path}, line 1: two columns are called "{twice}"; rename one')
+            if len(header) == 1:
+                raise ValueError(f"{path}, line 1: found one column, {shown(header[0])}; between "
+                                 f"cells stands a comma, or a tab in .tsv")
+            check_names(header, f"{path}, line 1")
             number = rows.line_num + 1
             for row in rows:
                 if row and len(row) != len(header):
@@ -172,6 +198,7 @@ def read_parquet(path: Path) -> Values:
     number = 0
     try:
         with ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+            check_names(file.schema_arrow.names, path)
             for batch in file.iter_batches(BATCH):
                 for number, value in enumerate(batch.to_pylist(), number + 1):
                     yield number, 0, value

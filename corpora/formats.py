@@ -27,11 +27,15 @@ LAYOUTS = [
 # All that an object has are read, in this order; then negative_1, negative_2 and so on.
 NEGATIVES = ("negatives", "negative", "negs", "neg", "negative_passages", "hard_negative_ctxs",
              "negative_ctxs", "hard_negatives")
+# Fields that have lists: what pandas writes of one into a CSV file is no text.
+LISTS = {"set", "positives", "pos", "positive_passages", "positive_ctxs", *NEGATIVES} - {"negative"}
+LIST_AS_TEXT = re.compile(r"""\[\s*["'{].*\]""", re.DOTALL)
 NUMBERED = re.compile(r"negative_(\d+)")
 # These may change what a row means, and only the manifest can say how. "prompt", "pos_scores",
 # "neg_scores" and "type" are FlagEmbedding's.
 MEANINGFUL = {"label", "labels", "score", "scores", "prompt", "pos_scores", "neg_scores", "type",
-              "is_duplicate", "similarity", "relevance"}
+              "is_duplicate", "similarity", "relevance", "label_id", "is_relevant", "is_positive",
+              "relevant", "similarity_score", "relatedness_score", "rating"}
 # These change nothing, and neither do ids; the last line is what curation writes.
 HARMLESS = {"", "id", "qid", "pid", "did", "docid", "uid", "uuid", "guid", "idx", "index",
             "__index_level_0__", "metadata", "meta", "source", "url", "task", "dataset", "lang",
@@ -167,10 +171,11 @@ def is_kept(value: dict, columns: Columns) -> bool:
 
 
 def as_text(value: object) -> str:
-    """As a CSV file has it: 1, 1.0 and "1" are one."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    """As a CSV file has it: 1, 1.0, "1" and "1.0" are one, and so are true and "True"."""
+    text = "null" if value is None else str(value)
+    if text in ("True", "False"):
+        return text.lower()
+    return text.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", text) else text
 
 
 def layout_of(value: dict, columns: Columns) -> Layout:
@@ -228,6 +233,9 @@ def is_blank(value: object) -> bool:
 
 def texts_of(value: dict, name: str) -> list[str]:
     parts = value[name]
+    if name in LISTS and isinstance(parts, str) and LIST_AS_TEXT.fullmatch(parts.strip()):
+        raise ValueError(f'field "{name}": found a list as text, {shown(parts)}; write a list, in '
+                         f'JSON lines or Parquet')
     return [text_of(part, name) for part in (parts if isinstance(parts, list) else [parts])]
 
 

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from corpora.convert import inputs, is_plain, read, readers_of, values_of
+from corpora.convert import inputs, is_plain, not_read, read, readers_of, values_of
 from corpora.formats import Columns, Row, layout_of, listed, records, text_hash
 from plumbing.files import publish
 
@@ -78,8 +78,8 @@ def why_none(path: Path, columns: Columns) -> str:
 
 
 def write_index(name: str, path: Path, columns: Columns, directory: Path) -> None:
-    """Says how many lines give no row, in how many rows both texts are one, and which fields are
-    not used."""
+    """Says how many lines give no row, in how many rows both texts are one, and which files and
+    fields are not used."""
     lines, without, first, same, unused = 0, 0, 0, 0, {}
 
     def parse(value: object) -> list[Row]:
@@ -110,6 +110,8 @@ def write_index(name: str, path: Path, columns: Columns, directory: Path) -> Non
     if same:
         print(f"source {name}: in {same} rows of {path} the query is the positive: without prompts "
               f"both are one vector, whatever the dropout")
+    if others := not_read(path):
+        print(f"source {name}: in {path} these are not read: {listed(others)}")
     if unused:
         print(f'source {name}: of {path} these fields are not used: {listed(unused)}; "ignore" in '
               f'the manifest says that they need not be')

@@ -25,10 +25,10 @@ def rows_of(source):
     return [source.read(i)[:3] for i in range(len(source.index))]
 
 
-def write_parquet(path, columns, **options):
+def write_parquet(path, columns, names=None, **options):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
-    parquet.write_table(pyarrow.table(columns), path, **options)
+    parquet.write_table(pyarrow.table(columns, names), path, **options)
 
 
 # CSV, TSV
@@ -61,7 +61,9 @@ BAD_TABLES = {  # bytes, and what the message says
     "a cell too few": (b"query,positive\na\n", "line 2: found 1 cells, expected 2"),
     "an open quote": (b'query,positive\na,b\nc,"d\ne,f\n', "line 3: unexpected end of data"),
     "a quote inside": (b'query,positive\na,"b" c\n', "line 2: "),
-    "one name twice": (b"query,positive,query\na,b,c\n", 'line 1: two columns are called "query"'),
+    "one name twice": (b"query,positive,query\na,b,c\n", 'line 1: two fields are called "query"'),
+    "semicolons": (b"query;positive\na, b;c\n", 'line 1: found one column, "query;positive"; '),
+    "a list in a cell": (b"query,pos\na,\"['b', 'c']\"\n", 'line 2: field "pos": found a list as'),
     "no header": (b"who?,me\nwhat?,that\n", 'line 2: found "who?", "me"; known are'),
     "an empty text": (b'query,positive\na,"b\nc"\nd,\n', 'line 4: field "positive": the text is'),
     "a label": (b"query,positive,label\na,b,0\nc,d,1\n", 'line 2: field "label": found "0", "1"'),
@@ -86,8 +88,10 @@ def test_a_broken_table_leaves_nothing_behind(tmp_path):
 
 
 def test_where_compares_a_cell_by_its_text(tmp_path):
-    write(tmp_path / "a.csv", b"query,positive,label\na,b,1\nc,d,0\n")
-    assert rows_of(open_source(tmp_path, "a.csv", where={"label": 1})) == [("a", "b", [])]
+    write(tmp_path / "a.csv", b"query,positive,label,good\na,b,1,True\nc,d,0,False\ne,f,1.0,True\n")
+    kept = [("a", "b", []), ("e", "f", [])]
+    assert rows_of(open_source(tmp_path, "a.csv", where={"label": 1}, ignore="good")) == kept
+    assert rows_of(open_source(tmp_path, "a.csv", where={"good": True}, ignore="label")) == kept
 
 
 # Parquet
@@ -112,6 +116,9 @@ def test_a_bad_row_of_a_parquet_file_is_refused_by_its_number(tmp_path):
     write_parquet(tmp_path / "a.parquet", {"query": texts, "answer": texts[:-1] + [" "]})
     assert f'{tmp_path}/a.parquet, row 2000: field "answer"' in refusal(
         open_source, tmp_path, "a.parquet")
+    write_parquet(tmp_path / "d.parquet", [["q"], ["p"], ["r"]], ["query", "answer", "answer"])
+    assert 'd.parquet: two fields are called "answer"' in refusal(
+        open_source, tmp_path, "d.parquet")
     write_parquet(tmp_path / "b.parquet", {"query": ["q"], "answer": [b"\xff"], "score": [0.5]})
     assert 'row 1: field "score": found 0.5; ' in refusal(open_source, tmp_path, "b.parquet")
     assert "row 1: field \"answer\": found \"b'" in refusal(
@@ -129,14 +136,15 @@ def test_without_pyarrow_the_message_says_how_to_get_it(tmp_path, monkeypatch):
 
 # folders and globs
 
-def test_a_folder_or_a_glob_is_its_files_by_name(tmp_path):
+def test_a_folder_or_a_glob_is_its_files_by_name(tmp_path, capsys):
     write(tmp_path / "d" / "part-2.jsonl", [["c", "c+"]])
     write(tmp_path / "d" / "part-1.jsonl.gz", [["b", "b+"]])
-    write(tmp_path / "d" / "part-0.tsv", b"query\tpositive\na\ta+\n")
+    write(tmp_path / "d" / "part-0.TSV", b"query\tpositive\na\ta+\n")
     write(tmp_path / "d" / "README.md", b"about\n")
     write(tmp_path / "d" / ".part-3.jsonl", b"\0")
     every = [(text, text + "+", []) for text in "abc"]
     assert rows_of(open_source(tmp_path, "d")) == every
+    assert f'source a: in {tmp_path}/d these are not read: "README.md"\n' in capsys.readouterr().out
     assert rows_of(open_source(tmp_path, "d/part-[01]*")) == every[:2]
     assert rows_of(open_source(tmp_path, "*/part-2.jsonl")) == every[2:]
     assert [row[:3] for row in read_rows(tmp_path / "d")] == every
@@ -153,7 +161,7 @@ def test_folders_that_cannot_be_meant_are_refused(tmp_path):
     write(tmp_path / "d" / "data-00000.arrow", b"")
     assert "found data-00000.arrow" in refusal(open_source, tmp_path, "d")
     write(tmp_path / "e" / "train-0.jsonl", pairs("a", 3))
-    write(tmp_path / "e" / "test_0.jsonl", pairs("b", 3))
+    write(tmp_path / "e" / "my_test.jsonl", pairs("b", 3))
     message = refusal(open_source, tmp_path, "e")
     assert f"{tmp_path}/e: holds files of several splits, test, train; name one" in message
     assert rows_of(open_source(tmp_path, "e/train*"))[0] == ("a0", "a0+", [])

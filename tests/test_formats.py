@@ -126,6 +126,11 @@ def test_a_row_is_what_the_manifest_says_of_its_fields(tmp_path, entry, line, ro
 BAD_LINES = {  # a line, and what the message says of it
     "cut short": (b'{"query": "q", ', "not JSON"),
     "two values": (b'["q", "p"] ["q", "p"]', "not JSON"),
+    "one field twice": (b'{"query": "q", "positive": "p", "positive": "r"}',
+                        'two fields are called "positive"; rename one'),
+    "a list as text": (b'{"query": "q", "positive": "p", "negatives": "[\'n\', \'m\']"}',
+                       'field "negatives": found a list as text'),
+    "whether it is a pair": (b'{"query": "q", "positive": "p", "is_relevant": 0}', '"is_relevant"'),
     "too deep": (b"[" * 100_000, ""),
     "a text": (b'"q"', "expected a list or an object"),
     "no target": (b'["q"]', '"positive"'),
