@@ -119,7 +119,7 @@ REFUSED = [
     Example("names that are not known", lines('{"input": "q1", "output": "p1"}')),
     Example("two layouts", lines('{"query": "q1", "positive": "p1", "answer": "r1"}')),
     Example("a JSON array", lines("[", '{"query": "q1", "positive": "p1"}', "]")),
-    Example("the same on one line", lines('[{"query": "q1", "positive": "p1"}]')),
+    Example("one on one line", lines('[{"query": "q1", "positive": "p1"}]')),
     Example("no positive", lines('{"query": "q1", "pos": []}')),
     Example("an empty positive", lines('["q1", " "]')),
     Example("an empty negative", lines('["q1", "p1", "n1", ""]')),
@@ -210,7 +210,8 @@ def shown(example: Example) -> str:
     parts = []
     for name, content in example.files.items():
         if isinstance(content, bytes):
-            content = content.decode("latin-1") if content.isascii() else "(bytes)"
+            packed = name.endswith(".gz")
+            content = "(bytes)" if packed else content.decode(errors="backslashreplace")
         rows = content.replace("\t", "\\t").splitlines()
         parts.append("<br>".join([f"{name}:", *(f"`{row}`" for row in rows)]))
     entry = json.dumps(example.entry)[1:-1]
