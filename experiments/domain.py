@@ -112,10 +112,14 @@ def arms(folder: Path, seed: int, minilm: Path) -> dict:
         return stage_2("mixed", "mixed", "--steps", 27, "--lr", "2e-4")
 
     def stage_3() -> Path:
-        mined = folder / "mined"  # once, by the first seed's model
+        alone, judge, mined = (folder / x for x in ("alone.json", "cross-encoder", "mined"))
+        if not judge.is_dir():  # once, as what is mined, by the first seed's model
+            run("-m", "curation", "cross-encoder", "--sources", alone, "--model", domain(),
+                "--steps", 60, "--out", judge)
         if not mined.is_dir():
-            run("-m", "curation", "mine", "--sources", folder / "alone.json", "--retriever",
-                domain(), "--rows", 2048, "--candidates", 20, "--margin", 0.2, "--out", mined)
+            run("-m", "curation", "mine", "--sources", alone, "--retriever", domain(),
+                "--cross-encoder", judge, "--rows", 2048, "--candidates", 20, "--margin", 0.2,
+                "--out", mined)
         return train(folder / f"negatives-{seed}", "--stage", 3, "--model", domain(), "--sources",
                      mined / "manifest.json", "--batch-size", 256, "--steps", 8, "--seed", seed)
 
