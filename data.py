@@ -15,6 +15,7 @@ losses or process groups: `rank` and `world_size` are two integers.
 import math
 from collections import deque
 from collections.abc import Iterator
+from copy import deepcopy
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from corpora.convert import read_rows
 from corpora.formats import Columns, Prompts, Row, text_hash
 from corpora.index import is_among, open_index
 from corpora.manifest import read_manifest
-from plumbing.files import publish
+from plumbing.files import open_cache, sweep
 
 MAX_LENGTH = 128  # Ours: tokens of a text, where neither --max-length nor the model says less
 EVAL_TARGETS = 1000  # Ours: held-out targets of a source at most, and at most one in twenty
@@ -75,6 +76,7 @@ def load_sources(manifest: Path | str) -> list[Source]:
     Indices go into `.cache` beside it. Raises OSError or ValueError, one line each."""
     manifest = Path(manifest)
     cache = manifest.parent / ".cache" / "v2"
+    sweep(cache)
     sources = [Source(**entry, cache=cache) for entry in read_manifest(manifest)]
     hold_out(sources)
     return sources
@@ -266,13 +268,23 @@ class SourceBatches(Iterator):
         """Goes on where `state` was taken. Raises ValueError when it was taken of other batches."""
         for what in ("seed", "batch_size", "negatives", "corpus", "prompts"):
             then, now = state.get(what, {}), self.state_dict()[what]
-            if what == "corpus" and then != now:  # the first source that differs
-                then, now = next((a, b) for a, b in zip_longest(then or [], now) if a != b)
+            if what == "corpus" and then != now and isinstance(then, list):  # the first other
+                then, now = next((a, b) for a, b in zip_longest(then, now) if a != b)
             if then != now:
                 raise ValueError(f"the checkpoint was made with another {what}: {then}, now {now}")
         self.step = state["step"]
-        self.states = {name: dict(saved) for name, saved in state["sources"].items()}
         self.orders.clear()
+        for source in self.sources:
+            try:
+                saved = self.states[source.name] = deepcopy(state["sources"][source.name])
+                passed = self._order(source)[: saved["cursor"]]
+                good = (len(passed) == saved["cursor"] and np.isin(saved["waiting"], passed).all()
+                        and len(set(saved["waiting"])) == len(saved["waiting"]))
+            except (LookupError, TypeError, ValueError):
+                good = False
+            if not good:
+                raise ValueError(f"the checkpoint's state.json: source {source.name} is where no "
+                                 f"run comes to; remove that checkpoint, and go on from another")
 
 
 def with_negatives(source: Source, count: int) -> np.ndarray:
@@ -298,7 +310,8 @@ def train_tokenizer(sources: list[Source], vocab_size: int) -> BertTokenizer:
     beside the sources: its trainer gives a slightly different vocabulary every time."""
     names = " ".join(f"{source.name} {source.fingerprint}" for source in sources)
     directory = sources[0].cache / f"tokenizer-{vocab_size}-{text_hash(names):016x}"
-    if not directory.is_dir():
+
+    def write(part: Path) -> None:
         print(f"training a WordPiece tokenizer of {vocab_size} entries on the sources, once, into "
               f"{directory}", flush=True)
         step = math.ceil(sum(len(source.train) for source in sources) / TOKENIZER_ROWS)
@@ -307,8 +320,9 @@ def train_tokenizer(sources: list[Source], vocab_size: int) -> BertTokenizer:
         wordpiece = BertWordPieceTokenizer(lowercase=True)
         wordpiece.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
         tokenizer = BertTokenizer(vocab=wordpiece.get_vocab(), model_max_length=8192)
-        publish(directory, tokenizer.save_pretrained, replace=False)
-    return BertTokenizer.from_pretrained(directory)
+        tokenizer.save_pretrained(part)
+
+    return BertTokenizer.from_pretrained(open_cache(directory, write))
 
 
 class MicroBatch(NamedTuple):

@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str] | None, ranks: Ranks
     args, resumed = parser.parse_args(argv), None
     if args.resume:
         resumed = ranks.on_rank_0(lambda: checkpoint.newest(args.out))
-        parser.set_defaults(**resumed.flags())
+        parser.set_defaults(**resumed.flags(parser))
         args = parser.parse_args(argv)
         resumed.check_flags(args)
     if args.stage == 2:
@@ -250,6 +250,7 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
     eval_every = args.eval_every or math.ceil(args.steps / 2)
     stop = run.StopSignal()
     ranks.on_rank_0(lambda: run.begin(out, first))
+    run.join(out)
     log = run.Metrics(out, writes=ranks.rank == 0, first=first)
     ranks.print_rank0(f"{out}: peak lr {peak:g} ({origin})")
     if not resumed:
@@ -278,7 +279,7 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
         if not math.isfinite(loss) or engine.scaling.exhausted():
             raise FloatingPointError(
                 f"step {step}, source {batch.source}: loss {loss:g}, gradient norm {grad_norm:g}; "
-                f"the checkpoints in {out} are as they were; a lower --lr may help")
+                f"{ranks.on_rank_0(lambda: checkpoint.way_on(out, step))}")
         seconds = time.perf_counter() - start
         log(step=step, loss=loss, accuracy=accuracy, source=batch.source, rows=batch.digest, lr=lr,
             grad_norm=grad_norm if math.isfinite(grad_norm) else None,

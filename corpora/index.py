@@ -14,7 +14,7 @@ import numpy as np
 
 from corpora.convert import inputs, is_plain, not_read, read, readers_of, values_of
 from corpora.formats import Columns, Row, layout_of, listed, records, text_hash
-from plumbing.files import publish
+from plumbing.files import open_cache
 
 HASH = np.dtype("<u8")
 # offset: the byte at which its line begins; item: which of the line's rows it is; negatives: how
@@ -60,7 +60,7 @@ def open_index(name: str, path: Path, columns: Columns, cache: Path) -> Index:
     if not directory.is_dir():
         if not plain or sum(size for _, size, _ in files) > LARGE:
             print(f"source {name}: indexing and unpacking {path} once, into {cache}", flush=True)
-        publish(directory, lambda part: write_index(name, path, columns, part), replace=False)
+    open_cache(directory, lambda part: write_index(name, path, columns, part))
     rows = open_array(directory / "rows", INDEX_ROW)
     if not len(rows):
         raise ValueError(f"source {name}: {path} holds no pair{why_none(path, columns)}")

@@ -33,7 +33,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tqdm import tqdm
 
-from plumbing.files import publish
+from plumbing.files import publish, sweep
 
 FORMAT = 1  # raise it whenever the same files give other pairs
 HERE = Path(__file__).resolve().parent
@@ -428,6 +428,7 @@ def build(directory: Path | None = None, roots: dict[str, list[Path]] | None = N
     versions = "\n".join([f"format {FORMAT}", *roots])
     fingerprint = hashlib.sha256(versions.encode()).hexdigest()[:12]
     final = Path(directory or HERE / "built") / f"installed_docs-{fingerprint}"
+    sweep(final.parent)
     if not final.is_dir():
         print(f"installed_docs: building {final} from {len(files):,} files of {len(roots)} "
               f"packages, once for these versions")

@@ -32,7 +32,7 @@ from xml.etree import ElementTree
 import yaml
 
 from corpora.convert import read_rows
-from plumbing.files import publish
+from plumbing.files import publish, sweep
 
 FORMAT = 1  # raise it whenever the same wheels give other pairs
 BUILT = Path(__file__).resolve().parent / "built"
@@ -320,6 +320,7 @@ def build(directory: Path | None = None, names: Iterable[str] = READERS) -> Path
     pins = "\n".join([f"format {FORMAT}", *(WHEELS[name].sha256 for name in names)])
     fingerprint = hashlib.sha256(pins.encode()).hexdigest()[:12]
     final = Path(directory or BUILT) / f"wheels-{fingerprint}"
+    sweep(final.parent)
     if not final.is_dir():
         publish(final, lambda part: write_sources(names, part), replace=False)
     return final / "manifest.json"

@@ -3,9 +3,10 @@
     OUT.work   arrays and folders by name, each complete or absent     while the command runs
     OUT        the results, whole or not at all                        when it is done
 
-Nothing here knows what the arrays are. For one process at a time.
+Nothing here knows what the arrays are.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -17,14 +18,16 @@ from urllib.parse import quote
 import numpy as np
 from torch import nn
 
-from plumbing.files import publish, sync
+from plumbing.files import (HOST, SEAL, checksum, lock, open_cache, publish, read_json, sweep, sync,
+                            write_json)
 
 
 class Work:
     """OUT.work of a command, until `finish` publishes OUT.
 
     identity: JSON-able, what must be the same for another start to go on. Raises ValueError where
-    it is not, where OUT is not empty, and where OUT.work is no work of ours.
+    it is not, where OUT is not empty, and where OUT.work is no work of ours; BlockingIOError where
+    another process is at work there.
     """
 
     def __init__(self, out: str, identity: dict):
@@ -33,6 +36,13 @@ class Work:
         self._check_out()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._check_identity(identity)
+        lock(self.directory)
+        self._check_out()  # whoever was at work there may have finished
+        self._check_identity(identity)
+        self._write(self.directory / "identity.json",
+                    lambda part: part.write_text(json.dumps(identity)))
+        sweep(self.out.parent, f"{glob.escape(self.out.name)}.part-*-{HOST}")
+        self.sums = read_json(self.directory / SEAL) or {}  # of the arrays
 
     def _check_out(self) -> None:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
@@ -40,21 +50,20 @@ class Work:
 
     def _check_identity(self, identity: dict) -> None:
         path = self.directory / "identity.json"
-        done = {file.name for file in self.directory.iterdir()} - {path.name, "part.json"}
+        done = {file.name for file in self.directory.iterdir()} - {path.name, "part.json", ".lock"}
         if done and not path.is_file():
             raise ValueError(f"{self.directory}: holds something else, and would be removed at the "
                              f"end; choose another --out")
         try:
-            then = json.loads(path.read_text()) if done else identity
+            then = read_json(path) if done else identity
         except ValueError as error:
-            raise ValueError(f"{path}: does not open ({error}); remove {self.directory}") from None
+            raise ValueError(f"{error}; remove {self.directory}") from None
         for what, now in identity.items():
             if then.get(what) != now:
                 values = f" ({then.get(what)}, now {now})" if len(str(now)) < 60 else ""
                 raise ValueError(f"{self.directory} holds the work of another command, with "
                                  f"another {what}{values}; remove that folder, or choose another "
                                  f"--out")
-        self._write(path, lambda part: part.write_text(json.dumps(identity)))
 
     def _write(self, path: Path, write: Callable[[Path], None]) -> None:
         part = path.with_name(f"part{path.suffix}")
@@ -63,18 +72,21 @@ class Work:
         os.replace(part, path)
 
     def keep(self, name: str, compute: Callable[[], np.ndarray]) -> Path:
-        """The file of the array of that name, computed unless an earlier start did."""
+        """The file of the array of that name, computed unless an earlier start did. Raises
+        ValueError where it is not as it was written."""
         path = self.directory / f"{quote(name, '')}.npy"
-        if not path.is_file():
+        if not path.is_file() or path.name not in self.sums:
             self._write(path, lambda part: np.save(part, compute()))
+            self.sums[path.name] = checksum(path)
+            self._write(self.directory / SEAL, lambda part: write_json(part, self.sums))
+        elif (found := checksum(path)) != self.sums[path.name]:
+            raise ValueError(f"{path}: found {found}, written were {self.sums[path.name]}; remove "
+                             f"it, and it is made again")
         return path
 
     def keep_folder(self, name: str, write: Callable[[Path], None]) -> Path:
         """The folder of that name, filled by write(folder) unless an earlier start did."""
-        directory = self.directory / name
-        if not directory.is_dir():
-            publish(directory, write)
-        return directory
+        return open_cache(self.directory / name, write)
 
     def finish(self, write: Callable[[Path], None]) -> None:
         """write(folder) fills what becomes OUT."""

@@ -2,13 +2,14 @@
 
     OUT/checkpoints/00000020/   model/ (what `model.load` opens), optimizer.safetensors (moments by
                                 parameter name), random.safetensors, state.json (step, flags,
-                                sampler, and the size of every file)
+                                sampler), checksums.json (of the others)
 
 Nothing here knows what is trained.
 """
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plumbing.files import publish
+from plumbing.files import check_seal, lock, publish, read_json
 from plumbing.moments import gather_moments, load_moments
 from plumbing.ranks import Ranks
 from plumbing.run import numbered
@@ -29,10 +30,31 @@ KEEP = 2  # the newest, and one more in case a disk lets the newest down
 
 def save(run: Path, state: dict, write_model: Callable[[Path], None], engine, ranks: Ranks) -> None:
     """Writes run/checkpoints/STEP and removes all but the newest KEEP. state: JSON-able, with
-    "step". engine: memory.py's. Every rank calls it; rank 0 writes."""
+    "step". engine: memory.py's. Every rank calls it; rank 0 writes. Raises FloatingPointError where
+    a weight or a moment is not finite: nobody can go on from that."""
     moments, random_states = gather_moments(engine), ranks.gather_objects(torch.get_rng_state())
     with engine.whole():
+        weights = dict(engine.encoder.named_parameters())
+        ranks.on_rank_0(lambda: check_finite(run, state["step"], weights | moments))
         ranks.on_rank_0(lambda: write(run, state, write_model, moments, random_states))
+
+
+def check_finite(run: Path, step: int, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
+            raise FloatingPointError(f"step {step}: {name} is not finite; {way_on(run)}")
+
+
+def way_on(run: Path, step: int = 0) -> str:
+    """How to go on with a run that has diverged. Puts the checkpoint right before `step` aside: the
+    same weights and the same batch would give the same again, whatever the --lr."""
+    path = run / "checkpoints" / f"{step - 1:08d}"
+    if path.is_dir():
+        shutil.rmtree(path.with_suffix(".diverged"), ignore_errors=True)
+        path.rename(path.with_suffix(".diverged"))
+    if found := complete(run):
+        return f"--resume --out {run} with a lower --lr goes on from step {int(found[-1].name)}"
+    return "there is no checkpoint to go on from; begin with a lower --lr and another --out"
 
 
 def write(run: Path, state: dict, write_model: Callable[[Path], None], moments: dict[str, Tensor],
@@ -45,11 +67,9 @@ def write(run: Path, state: dict, write_model: Callable[[Path], None], moments: 
         save_file(moments_in_order, part / "optimizer.safetensors")
         by_rank = {str(rank): tensor for rank, tensor in enumerate(random_states)}
         save_file(by_rank, part / "random.safetensors")
-        files = [path for path in part.rglob("*") if path.is_file()]
-        sizes = {str(path.relative_to(part)): path.stat().st_size for path in files}
-        (part / "state.json").write_text(json.dumps(state | {"files": sizes}))
+        (part / "state.json").write_text(json.dumps(state))
 
-    publish(run / "checkpoints" / f"{state['step']:08d}", fill)
+    publish(run / "checkpoints" / f"{state['step']:08d}", fill, sealed=True)
     killed_while_writing = list((run / "checkpoints").glob("*.part-*"))
     for old in complete(run)[:-KEEP] + killed_while_writing:
         shutil.rmtree(old)
@@ -64,11 +84,21 @@ class Checkpoint(NamedTuple):
     run: Path
     path: Path
     state: dict
+    advice: str  # where it turns out to be damaged
 
-    def flags(self) -> dict:
+    def flags(self, parser: argparse.ArgumentParser) -> dict:
         """The run's flags, with the manifest and the tokens of a pass that were chosen where the
-        flags left them open. (Earlier versions saved these among "args", and no "chosen".)"""
-        return self.state["args"] | self.state.get("chosen", {})
+        flags left them open. (Earlier versions saved these among "args", and no "chosen".) Raises
+        ValueError for one that the parser does not know, or would not give that value."""
+        flags = self.state["args"] | self.state["chosen"]
+        actions = {action.dest: action for action in parser._actions}
+        for name, value in flags.items():
+            if name not in actions or not would_give(actions[name], value):
+                raise self.damaged(f"no flag gives {name} = {value!r}")
+        return flags
+
+    def damaged(self, what: object) -> ValueError:
+        return ValueError(f"{self.path / 'state.json'}: {what}; {self.advice}")
 
     def check_flags(self, args: argparse.Namespace) -> None:
         """Raises ValueError where these flags cannot go on with the run."""
@@ -77,32 +107,46 @@ class Checkpoint(NamedTuple):
             raise ValueError(
                 f"--resume: {self.run} is finished with {self.state['step']} steps; a higher "
                 f"--steps goes on from there, with the learning rate of the longer schedule")
-        if (args.model, args.stage) != (then["model"], then["stage"]):
+        if (args.model, args.stage) != (then.get("model"), then.get("stage")):
             raise ValueError(
                 f"--resume: {self.run} has another --model or --stage; --model "
                 f"{self.run / 'model'} without --resume begins a new run with its model")
 
 
+def would_give(action: argparse.Action, value: object) -> bool:
+    if value == action.default or action.nargs == 0:
+        return value == action.default or value is True
+    try:
+        given = (action.type or str)(str(value))
+    except ValueError:
+        return False
+    return given == value and value in (action.choices or [value])
+
+
 def newest(out: str | None) -> Checkpoint:
-    """The newest checkpoint of the run `out`, or without it of the newest runs/NNN. Raises
-    FileNotFoundError where there is none, ValueError where it is damaged: to go on from an older
-    one is for the user to decide."""
+    """The newest checkpoint of the run `out`, or without it of the newest runs/NNN, which is then
+    this process's alone (files.lock). Raises FileNotFoundError where there is none, ValueError
+    where it is damaged: to go on from an older one is for the user to decide."""
     run = Path(out or Path("runs", max(numbered(), key=int, default="")))
-    found = complete(run)
-    if not found:
+    if not complete(run):
         raise FileNotFoundError(f"--resume: {run} holds no complete checkpoint; --out says which "
                                 f"run is meant, and without --resume a new one begins")
-    path, advice = found[-1], "remove that folder to go on from the checkpoint before it"
+    lock(run)
+    *older, path = complete(run)
+    advice = f"remove {path}; it is the only checkpoint, and a new run begins with another --out"
+    if older:
+        advice = f"remove {path}, and --resume goes on from {older[-1].name}"
     try:
-        state = json.loads((path / "state.json").read_text())
-        files = state["files"].items()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / 'state.json'}: does not open ({error}); {advice}") from None
-    for name, size in files:
-        there = (path / name).stat().st_size if (path / name).is_file() else 0
-        if there != size:
-            raise ValueError(f"{path / name}: truncated, {there} of {size} bytes; {advice}")
-    return Checkpoint(run, path, state)
+        check_seal(path)
+        state = {"chosen": {}} | (read_json(path / "state.json") or {})
+        for name in ("args", "chosen", "loss_scale", "sampler"):
+            if not isinstance(state.get(name), dict):
+                raise ValueError(f"{path / 'state.json'}: {name} is {state.get(name)!r}")
+        if not state.get("step") == state["sampler"].get("step") == int(path.name):
+            raise ValueError(f"{path / 'state.json'}: is of another step")
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from None
+    return Checkpoint(run, path, state, advice)
 
 
 def restore(checkpoint: Checkpoint, engine, precision: str, ranks: Ranks) -> None:
@@ -110,8 +154,12 @@ def restore(checkpoint: Checkpoint, engine, precision: str, ranks: Ranks) -> Non
     come with `model.load`, the batches with their own `load_state_dict`.)"""
     moments, random_states = read(checkpoint.path)
     load_moments(engine, moments)
-    if precision == checkpoint.state["args"]["precision"]:
-        vars(engine.scaling).update(checkpoint.state["loss_scale"])
+    scaling = vars(engine.scaling)
+    for name, value in checkpoint.state["loss_scale"].items():
+        if type(value) is not type(scaling.get(name)) or not 0 <= value < math.inf:
+            raise checkpoint.damaged(f"loss_scale: {name} is {value!r}")
+    if precision == checkpoint.state["args"].get("precision"):
+        scaling.update(checkpoint.state["loss_scale"])
     if len(random_states) == ranks.world_size:
         torch.set_rng_state(random_states[ranks.rank])
     else:

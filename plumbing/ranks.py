@@ -113,13 +113,13 @@ class Ranks:
         return values
 
     def on_rank_0(self, call: Callable):
-        """What call() gives on rank 0, on every rank. Where it raises OSError or ValueError, every
-        rank does."""
+        """What call() gives on rank 0, on every rank. Where it raises OSError, ValueError or
+        FloatingPointError, every rank does."""
         result = error = None
         if self.rank == 0:
             try:
                 result = call()
-            except (OSError, ValueError) as caught:
+            except (OSError, ValueError, FloatingPointError) as caught:
                 error = caught
         result, error = self.gather_objects((result, error))[0]
         if error:

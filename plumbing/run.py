@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from plumbing.files import lock
 from plumbing.plan import out_of_memory
 from plumbing.ranks import Ranks
 
@@ -34,8 +35,9 @@ def free_run(out: str | None) -> Path:
 
 
 def begin(run: Path, first: int) -> None:
-    """Makes the folder and its metrics.jsonl. Of a resumed run it cuts off the lines from step
-    `first` on, for those steps are taken again, and removes what a killed process was writing."""
+    """Makes the folder and its metrics.jsonl, alone there until it joins. Of a resumed run it cuts
+    off the lines from step `first` on, for those steps are taken again, and removes what a killed
+    process was writing."""
     path = run / "metrics.jsonl"
     run.mkdir(parents=True, exist_ok=True)
     try:
@@ -43,6 +45,7 @@ def begin(run: Path, first: int) -> None:
     except FileExistsError:
         raise FileExistsError(f"{path}: another run has begun there in the meantime; start this "
                               f"one again") from None
+    lock(run)
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < first]
     for part in [*run.glob("*.part-*"), *run.glob("checkpoints/*.part-*")]:
@@ -50,6 +53,13 @@ def begin(run: Path, first: int) -> None:
     part = path.with_suffix(".part")
     part.write_text("".join(kept))
     os.replace(part, path)
+    join(run)
+
+
+def join(run: Path) -> None:
+    """Every rank holds the folder that it sees: one that outlives its launcher keeps others out."""
+    if run.is_dir():
+        lock(run, shared=True)
 
 
 def event_writer(run: Path, first: int):
