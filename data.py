@@ -278,7 +278,8 @@ class SourceBatches(Iterator):
             try:
                 saved = self.states[source.name] = deepcopy(state["sources"][source.name])
                 passed = self._order(source)[: saved["cursor"]]
-                good = (len(passed) == saved["cursor"] and np.isin(saved["waiting"], passed).all()
+                good = (saved["epoch"] >= 0 and len(passed) == saved["cursor"]
+                        and np.isin(saved["waiting"], passed).all()
                         and len(set(saved["waiting"])) == len(saved["waiting"]))
             except (LookupError, TypeError, ValueError):
                 good = False

@@ -471,7 +471,7 @@ def test_a_cross_encoder_is_tried_on_20_held_out_pairs_of_all_searched_sources(p
                     ("cross-encoder", "untrained")):
         said = refused(capsys, *command)
         assert "19 held-out pairs are too few" in said and "with 20 or more" in said
-        assert os.listdir(f"{command[1]}.work") == ["identity.json"]
+        assert sorted(os.listdir(f"{command[1]}.work")) == [".lock", "identity.json"]
     write("of_c.jsonl", pairs[10:20])
     run("mine", "few", "--cross-encoder", "reranker", "--negatives", 2, "--candidates", 3)
     said = capsys.readouterr().out

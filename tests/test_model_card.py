@@ -203,7 +203,7 @@ def test_a_card_that_cannot_be_written_leaves_no_model(folder, monkeypatch, caps
     with pytest.raises(SystemExit):
         run()
     assert "none.md" in capsys.readouterr().err
-    assert sorted(os.listdir("run")) == ["checkpoints", "metrics.jsonl"]
+    assert sorted(os.listdir("run")) == [".lock", "checkpoints", "metrics.jsonl"]
 
 
 def test_without_held_out_pairs_or_from_before_a_source_had_any():

@@ -148,6 +148,7 @@ def test_a_resumed_run_goes_on_with_what_was_chosen(folder, monkeypatch, layout)
     if layout == "of before":
         state["args"] |= state.pop("chosen")
     path.write_text(json.dumps(state))
+    path.with_name("checksums.json").unlink()
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
     train.main(["--resume", "--out", "../run", "--steps", "4"])
