@@ -15,7 +15,6 @@ losses or process groups: `rank` and `world_size` are two integers.
 import math
 from collections import deque
 from collections.abc import Iterator
-from copy import deepcopy
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -276,7 +275,7 @@ class SourceBatches(Iterator):
         self.orders.clear()
         for source in self.sources:
             try:
-                saved = self.states[source.name] = deepcopy(state["sources"][source.name])
+                saved = self.states[source.name] = dict(state["sources"][source.name])
                 passed = self._order(source)[: saved["cursor"]]
                 good = (saved["epoch"] >= 0 and len(passed) == saved["cursor"]
                         and np.isin(saved["waiting"], passed).all()

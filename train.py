@@ -48,8 +48,8 @@ def parse_arguments(argv: list[str] | None, ranks: Ranks
     parser = argument_parser()
     args, resumed = parser.parse_args(argv), None
     if args.resume:
-        resumed = ranks.on_rank_0(lambda: checkpoint.newest(args.out))
-        parser.set_defaults(**resumed.flags(parser))
+        resumed = ranks.on_rank_0(lambda: checkpoint.newest(args.out, parser))
+        parser.set_defaults(**resumed.flags())
         args = parser.parse_args(argv)
         resumed.check_flags(args)
     if args.stage == 2:
@@ -250,7 +250,6 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
     eval_every = args.eval_every or math.ceil(args.steps / 2)
     stop = run.StopSignal()
     ranks.on_rank_0(lambda: run.begin(out, first))
-    run.join(out)
     log = run.Metrics(out, writes=ranks.rank == 0, first=first)
     ranks.print_rank0(f"{out}: peak lr {peak:g} ({origin})")
     if not resumed:

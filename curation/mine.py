@@ -25,7 +25,6 @@ from curation.reranker import Reranker, open_or_train
 from curation.sources import Report, draw, identity, open_sources, write_sources
 from curation.work import Work, fingerprint
 from data import Source
-from plumbing.files import SEAL
 
 ROWS_AT_ONCE = 1024  # are scored at a time, each with its candidates
 EQUAL = 0.01  # Ours: scores as close count as equal; rounding in bf16 alone moves one by 0.0008
@@ -230,7 +229,7 @@ def write(
              for name, retriever in retrievers.items()}
     write_sources(folder, entries, sources, report, files)
     if trained.is_dir() and not args.cross_encoder:
-        shutil.copytree(trained, folder / "cross-encoder", ignore=shutil.ignore_patterns(SEAL))
+        shutil.copytree(trained, folder / "cross-encoder")
 
 
 def lines(retriever: Retriever, mined: Iterable[Mined]) -> Iterator[dict]:

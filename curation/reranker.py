@@ -29,7 +29,6 @@ from curation.pool import Embedder, Retriever, device
 from curation.sources import Report, draw, identity, open_sources
 from curation.work import Work
 from evaluation import search
-from plumbing.files import SEAL
 
 STEPS = 300  # Ours: of training
 QUERIES = 32  # Ours: of a step, each with its positive and
@@ -259,5 +258,4 @@ def make_cross_encoder(args: argparse.Namespace) -> None:
     trained = work.keep_folder("cross-encoder", partial(
         train_cross_encoder, args.model, retrievers, rows, args.steps, args.lr, args))
     open_reranker(trained, pairs, right, Report(), args)
-    work.finish(partial(shutil.copytree, trained, dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns(SEAL)))
+    work.finish(partial(shutil.copytree, trained, dirs_exist_ok=True))

@@ -26,8 +26,8 @@ class Work:
     """OUT.work of a command, until `finish` publishes OUT.
 
     identity: JSON-able, what must be the same for another start to go on. Raises ValueError where
-    it is not, where OUT is not empty, and where OUT.work is no work of ours; BlockingIOError where
-    another process is at work there.
+    it is not, where OUT is not empty, and where OUT.work is no work of ours; OSError where another
+    process is at work there.
     """
 
     def __init__(self, out: str, identity: dict):
@@ -72,8 +72,7 @@ class Work:
         os.replace(part, path)
 
     def keep(self, name: str, compute: Callable[[], np.ndarray]) -> Path:
-        """The file of the array of that name, computed unless an earlier start did. Raises
-        ValueError where it is not as it was written."""
+        """The file of the array of that name, computed unless an earlier start did."""
         path = self.directory / f"{quote(name, '')}.npy"
         if not path.is_file() or path.name not in self.sums:
             self._write(path, lambda part: np.save(part, compute()))

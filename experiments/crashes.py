@@ -2,7 +2,8 @@
 compares what they leave with a run that nobody killed.
 
     python -m experiments.crashes
-        20 runs of one process: everything must be bit-identical
+        20 runs of one process: everything must be bit-identical; then 20 tries of each of FAULTS,
+        whose table says in how many nothing went on with another result
     python -m experiments.crashes --runs 6 --ranks 2 --zero 2
         losses to a relative 1e-6, everything else equal
 
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import model
 
@@ -72,7 +75,8 @@ def start(folder: Path, command: list) -> subprocess.Popen:
     output to folder/log."""
     with open(folder / "log", "a") as log:
         return subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, stdout=log,
-                                stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                stderr=log, env=os.environ | {
+                                    "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TRAIN.parent)})
 
 
 def family(process: subprocess.Popen) -> list[int]:
@@ -195,10 +199,80 @@ def differences(run: Path, whole: Path, exact: bool) -> list[str]:
     return found + [f"{path.name} is left over" for path in parts(run)]
 
 
+# the faults: each tried in a folder with the run `whole` -> whether it was survived, what was said
+
+def end(folder: Path, *commands: list) -> tuple[list[int], str]:
+    """Runs them at once -> their exit statuses, sorted, and the error that one has named."""
+    (folder / "log").unlink()
+    statuses = sorted(process.wait() for process in [start(folder, c) for c in commands])
+    said = (folder / "log").read_text().replace("\r", "\n").splitlines()
+    return statuses, next((line for line in said if line.startswith(("train", "curation:"))), "")
+
+
+def resumed(folder: Path) -> tuple[Path, list]:
+    """`whole` as it was before its last checkpoint, and what goes on with it."""
+    run = folder / "again"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(folder / "whole", run)
+    for path in (run / "model", run / f"checkpoints/{STEPS:08d}"):
+        shutil.rmtree(path)
+    return run, [TRAIN, "--resume", "--out", run.name]
+
+
+def resume_twice(folder: Path, draw: random.Random) -> tuple[bool, str]:
+    run, command = resumed(folder)
+    statuses, said = end(folder, command, command)
+    return statuses == [0, 2] and not differences(run, folder / "whole", exact=True), said
+
+
+def filter_twice(folder: Path, draw: random.Random) -> tuple[bool, str]:
+    command = "-m curation filter --sources sources.json --model toy --pool 50 --out".split()
+    if not (folder / "alone").exists():
+        end(folder, [*command, "alone"])
+    shutil.rmtree(folder / "filtered", ignore_errors=True)
+    statuses, said = end(folder, *[[*command, "filtered"]] * 2)
+    alone, rows = ((folder / name / "right.jsonl").read_bytes() for name in ("alone", "filtered"))
+    return statuses == [0, 2] and rows == alone, said
+
+
+def flip(files: list[Path], command: list, folder: Path, draw: random.Random) -> tuple[bool, str]:
+    """One bit of one of the files, which is put back."""
+    path = draw.choice([path for path in files if path.is_file() and path.stat().st_size])
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(flipped)
+    statuses, said = end(folder, command)
+    path.write_bytes(content)
+    return statuses == [2], said
+
+
+def flip_checkpoint(folder: Path, draw: random.Random) -> tuple[bool, str]:
+    run, command = resumed(folder)
+    return flip(list(run.glob("checkpoints/**/*")), command, folder, draw)
+
+
+def flip_cache(folder: Path, draw: random.Random) -> tuple[bool, str]:
+    files = list(folder.glob(".cache/**/*"))
+    return flip(files, [TRAIN, *FLAGS, "--out", "never"], folder, draw)
+
+
+def diverge(folder: Path, draw: random.Random) -> tuple[bool, str]:
+    shutil.rmtree(folder / "wild", ignore_errors=True)
+    statuses, said = end(folder, [TRAIN, *FLAGS, "--save-every", "1", "--out", "wild", "--lr",
+                                  10 ** draw.uniform(3, 12)])
+    weights = (folder / "wild/checkpoints").rglob("*.safetensors")
+    finite = all(x.isfinite().all() for path in weights for x in load_file(path).values())
+    return statuses == [1] and finite, said
+
+
+FAULTS = resume_twice, filter_twice, flip_checkpoint, flip_cache, diverge
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--runs", "--tries", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--zero", help="ZeRO stage; unset: train.py's default")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -228,9 +302,14 @@ def main(argv: list[str] | None = None) -> None:
             different += bool(found)
             killed += story.count("killed at")
             writing += story.count("writing")
-    print(f"{args.runs} runs of {STEPS} steps on {args.ranks} rank(s), killed {killed} times, "
-          f"{writing} of them while writing: {args.runs - different} as the uninterrupted run, "
-          f"{to_the_bit} of them to the last bit")
+        print(f"{args.runs} runs of {STEPS} steps on {args.ranks} rank(s), killed {killed} times, "
+              f"{writing} of them while writing: {args.runs - different} as the uninterrupted run, "
+              f"{to_the_bit} of them to the last bit")
+        for fault in FAULTS if args.ranks == 1 else ():
+            tried = [fault(folder, draw) for _ in range(args.runs)]
+            survived = sum(good for good, _ in tried)
+            different += args.runs - survived
+            print(f"| {fault.__name__} | {args.runs} | {survived} | {tried[0][1]} |", flush=True)
     sys.exit(different > 0)
 
 

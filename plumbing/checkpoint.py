@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from memory import LossScale
 from plumbing.files import check_seal, lock, publish, read_json
 from plumbing.moments import gather_moments, load_moments
 from plumbing.ranks import Ranks
@@ -84,21 +85,11 @@ class Checkpoint(NamedTuple):
     run: Path
     path: Path
     state: dict
-    advice: str  # where it turns out to be damaged
 
-    def flags(self, parser: argparse.ArgumentParser) -> dict:
+    def flags(self) -> dict:
         """The run's flags, with the manifest and the tokens of a pass that were chosen where the
-        flags left them open. (Earlier versions saved these among "args", and no "chosen".) Raises
-        ValueError for one that the parser does not know, or would not give that value."""
-        flags = self.state["args"] | self.state["chosen"]
-        actions = {action.dest: action for action in parser._actions}
-        for name, value in flags.items():
-            if name not in actions or not would_give(actions[name], value):
-                raise self.damaged(f"no flag gives {name} = {value!r}")
-        return flags
-
-    def damaged(self, what: object) -> ValueError:
-        return ValueError(f"{self.path / 'state.json'}: {what}; {self.advice}")
+        flags left them open. (Earlier versions saved these among "args", and no "chosen".)"""
+        return self.state["args"] | self.state["chosen"]
 
     def check_flags(self, args: argparse.Namespace) -> None:
         """Raises ValueError where these flags cannot go on with the run."""
@@ -113,40 +104,51 @@ class Checkpoint(NamedTuple):
                 f"{self.run / 'model'} without --resume begins a new run with its model")
 
 
-def would_give(action: argparse.Action, value: object) -> bool:
-    if value == action.default or action.nargs == 0:
-        return value == action.default or value is True
-    try:
-        given = (action.type or str)(str(value))
-    except ValueError:
-        return False
-    return given == value and value in (action.choices or [value])
-
-
-def newest(out: str | None) -> Checkpoint:
-    """The newest checkpoint of the run `out`, or without it of the newest runs/NNN, which is then
-    this process's alone (files.lock). Raises FileNotFoundError where there is none, ValueError
-    where it is damaged: to go on from an older one is for the user to decide."""
+def newest(out: str | None, parser: argparse.ArgumentParser | None = None) -> Checkpoint:
+    """The newest checkpoint of the run `out`, or without it of the newest runs/NNN, which is this
+    process's alone from then on. Raises FileNotFoundError where there is none, OSError where
+    another process is at work, ValueError where it is damaged: to go on from an older one is for
+    the user to decide. parser: of the run's flags."""
     run = Path(out or Path("runs", max(numbered(), key=int, default="")))
     if not complete(run):
         raise FileNotFoundError(f"--resume: {run} holds no complete checkpoint; --out says which "
                                 f"run is meant, and without --resume a new one begins")
     lock(run)
     *older, path = complete(run)
-    advice = f"remove {path}; it is the only checkpoint, and a new run begins with another --out"
-    if older:
-        advice = f"remove {path}, and --resume goes on from {older[-1].name}"
+    then = f"goes on from {older[-1].name}" if older else "has nothing to go on from"
     try:
         check_seal(path)
         state = {"chosen": {}} | (read_json(path / "state.json") or {})
-        for name in ("args", "chosen", "loss_scale", "sampler"):
-            if not isinstance(state.get(name), dict):
-                raise ValueError(f"{path / 'state.json'}: {name} is {state.get(name)!r}")
-        if not state.get("step") == state["sampler"].get("step") == int(path.name):
-            raise ValueError(f"{path / 'state.json'}: is of another step")
+        if wrong := damage(state, int(path.name), parser):
+            raise ValueError(f"{path / 'state.json'}: {wrong} is missing, or has no value of ours")
     except ValueError as error:
-        raise ValueError(f"{error}; {advice}") from None
-    return Checkpoint(run, path, state, advice)
+        raise ValueError(f"{error}; remove {path}, and --resume {then}") from None
+    return Checkpoint(run, path, state)
+
+
+def damage(state: dict, step: int, parser: argparse.ArgumentParser | None) -> str | None:
+    """A name that `save` does not write, not with that type or value. ("sampler" is data.py's.)"""
+    for name in ("args", "chosen", "loss_scale", "sampler"):
+        if not isinstance(state.get(name), dict):
+            return name
+    if not state.get("step") == state["sampler"].get("step") == step:
+        return "step"
+    for name, value in state["loss_scale"].items():
+        like = vars(LossScale(torch.float32)).get(name)
+        if type(value) is not type(like) or not 0 <= value < math.inf:
+            return name
+    if not parser:
+        return None
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in (state["args"] | state["chosen"]).items():
+        action = actions.get(name)
+        try:
+            kind = bool if action.nargs == 0 else action.type or str
+            if value != action.default and value not in (action.choices or [kind(str(value))]):
+                return name
+        except (AttributeError, ValueError):  # no such flag; not of its type
+            return name
+    return None
 
 
 def restore(checkpoint: Checkpoint, engine, precision: str, ranks: Ranks) -> None:
@@ -154,12 +156,8 @@ def restore(checkpoint: Checkpoint, engine, precision: str, ranks: Ranks) -> Non
     come with `model.load`, the batches with their own `load_state_dict`.)"""
     moments, random_states = read(checkpoint.path)
     load_moments(engine, moments)
-    scaling = vars(engine.scaling)
-    for name, value in checkpoint.state["loss_scale"].items():
-        if type(value) is not type(scaling.get(name)) or not 0 <= value < math.inf:
-            raise checkpoint.damaged(f"loss_scale: {name} is {value!r}")
     if precision == checkpoint.state["args"].get("precision"):
-        scaling.update(checkpoint.state["loss_scale"])
+        vars(engine.scaling).update(checkpoint.state["loss_scale"])
     if len(random_states) == ranks.world_size:
         torch.set_rng_state(random_states[ranks.rank])
     else:

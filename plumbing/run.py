@@ -35,9 +35,8 @@ def free_run(out: str | None) -> Path:
 
 
 def begin(run: Path, first: int) -> None:
-    """Makes the folder and its metrics.jsonl, alone there until it joins. Of a resumed run it cuts
-    off the lines from step `first` on, for those steps are taken again, and removes what a killed
-    process was writing."""
+    """Makes the folder and its metrics.jsonl. Of a resumed run it cuts off the lines from step
+    `first` on, for those steps are taken again, and removes what a killed process was writing."""
     path = run / "metrics.jsonl"
     run.mkdir(parents=True, exist_ok=True)
     try:
@@ -53,13 +52,7 @@ def begin(run: Path, first: int) -> None:
     part = path.with_suffix(".part")
     part.write_text("".join(kept))
     os.replace(part, path)
-    join(run)
-
-
-def join(run: Path) -> None:
-    """Every rank holds the folder that it sees: one that outlives its launcher keeps others out."""
-    if run.is_dir():
-        lock(run, shared=True)
+    lock(run, shared=True)
 
 
 def event_writer(run: Path, first: int):
@@ -78,6 +71,8 @@ class Metrics:
     where `event_writer` can; nothing where another rank writes. first: the run's next step."""
 
     def __init__(self, run: Path, writes: bool = True, first: int = 1):
+        if run.is_dir():  # every rank: one that outlives its launcher keeps others out
+            lock(run, shared=True)
         self.path = run / "metrics.jsonl"
         self.file = open(self.path if writes else os.devnull, "a", buffering=1)
         self.events = event_writer(run, first) if writes else None
