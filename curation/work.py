@@ -26,8 +26,7 @@ class Work:
     """OUT.work of a command, until `finish` publishes OUT.
 
     identity: JSON-able, what must be the same for another start to go on. Raises ValueError where
-    it is not, where OUT is not empty, and where OUT.work is no work of ours; OSError where another
-    process is at work there.
+    it is not, where OUT is not empty, and where OUT.work is no work of ours; OSError as `lock`.
     """
 
     def __init__(self, out: str, identity: dict):

@@ -61,8 +61,7 @@ def publish(directory: Path, write: Callable[[Path], None], replace: bool = True
             sealed: bool = False) -> None:
     """write(part) fills a folder, which takes the name `directory` only when every byte is on disk.
     If a folder has that name by then, it is replaced; or kept, without `replace`, since another
-    process has made the same. sealed: with checksums, for `check_seal`. Raises OSError when it
-    cannot be written."""
+    process has made the same. sealed: for `check_seal`. Raises OSError if it cannot be written."""
     part = directory.with_name(f"{directory.name}.part-{os.getpid()}-{HOST}")
     shutil.rmtree(part, ignore_errors=True)  # a killed process may have had the same number
     part.mkdir(parents=True)
@@ -99,8 +98,7 @@ def checksum(path: Path) -> str:
 
 
 def check_seal(directory: Path) -> None:
-    """Raises ValueError naming a file of a sealed folder that is not as it was written, and says so
-    where the folder has no seal."""
+    """Raises ValueError naming a file that is not as it was written."""
     sums = read_json(directory / SEAL)
     if sums is None:
         print(f"{directory}: is not checked, it has no {SEAL} (earlier versions wrote none)")
