@@ -121,7 +121,7 @@ def arms(folder: Path, seed: int, minilm: Path) -> dict:
                 "--cross-encoder", judge, "--rows", 2048, "--candidates", 20, "--margin", 0.2,
                 "--out", mined)
         return train(folder / f"negatives-{seed}", "--stage", 3, "--model", domain(), "--sources",
-                     mined / "manifest.json", "--batch-size", 256, "--steps", 8, "--seed", seed)
+                     mined / "manifest.json", "--batch-size", 128, "--steps", 8, "--seed", seed)
 
     return {"as it is": lambda: minilm, "stage II": domain, "stage II, lr 2e-4": fast,
             "the same, general sources mixed in": mixed, "stage II, then III": stage_3}
