@@ -56,10 +56,10 @@ def lines(path: Path) -> list[dict]:
 
 # §5.1: swapped targets
 
-def swap(rows: list[Row], seed: int) -> list[dict]:
-    """A tenth of the rows with each other's targets. Whether a row's was swapped goes along as its
+def swap(rows: list[Row], seed: int, share: float = 0.1) -> list[dict]:
+    """A share of the rows with each other's targets. Whether a row's was swapped goes along as its
     negative."""
-    chosen = np.random.default_rng(seed).permutation(len(rows))[: len(rows) // 10]
+    chosen = np.random.default_rng(seed).permutation(len(rows))[: int(share * len(rows))]
     targets = {}
     for i, j in zip(chosen, np.roll(chosen, 1)):
         if text_hash(rows[i].positive) != text_hash(rows[j].positive):

@@ -1,0 +1,807 @@
+"""What §5 claims, seen at a scale that two CPU cores reach: an arm of training for each side of a
+claim, over seeds, and whether the two can be told apart.
+
+    python -m experiments.claims [--only CLAIM ...] [--seeds N] [--figure FILE.svg]
+
+The base is `tiny` from random weights on the default corpus: 40 steps of 1,024 pairs, 64 tokens.
+An arm differs from it in what its claim is about, and has a process of its own, which calls
+train.main: with a flag, or where none reaches, with a function of train's replaced by one of this
+file. Seeds, tokenizer and hold-out are the same in all. What is in --out is not run again; without
+anything to run (--seeds 0) the table and the figure are made of what is there.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import losses
+import model
+import train
+from corpora import installed_docs, wheels
+from corpora.formats import text_hash
+from corpora.index import is_among
+from curation import __main__ as curation
+from curation import mine
+from curation.sources import draw
+from evaluation import metrics
+from evaluation.embed import embed
+from experiments.curation import count_swapped, lines, reordered, rewrite, swap
+from experiments.curves import SVG
+from plumbing.files import publish
+from plumbing.plan import memory_free, memory_held
+from plumbing.ranks import Ranks
+
+BATCH, LENGTH = 1024, 64  # rows and tokens of the base
+ROWS = {"filter": 60_000, "filter swapped": 120_000, "mine": 8000}  # curation's --rows
+DOCSTRINGS = "summary_body", "name_summary"  # sources whose targets are docstrings
+LABELLED = 20  # held-out docstrings of a package at least, for it to be a label
+NO_RATE = 1e-9  # of a source that is held out but never drawn
+
+
+# what is replaced in train
+
+def from_queries(q: Tensor, p: Tensor, n: None, tau: float, ranks: Ranks) -> tuple[Tensor, float]:
+    """Equation (3) alone."""
+    return losses.info_nce_tiled(q, [p], tau), metrics.in_batch_accuracy(q, p)
+
+
+def from_positives(q: Tensor, p: Tensor, n: None, tau: float, ranks: Ranks
+                   ) -> tuple[Tensor, float]:
+    """The other half of equation (4)."""
+    return losses.info_nce_tiled(p, [q], tau), metrics.in_batch_accuracy(q, p)
+
+
+class MixedBatches(data.SourceBatches):
+    """The rows of the next `ahead` source-wise batches, shuffled over as many of all sources. As
+    there, a row goes into a batch that has neither of its texts, while there is one."""
+
+    ahead, mixed = 1, []
+
+    def __next__(self) -> data.Batch:
+        if not self.mixed:
+            rows = []
+            for _ in range(self.ahead):
+                batch = super().__next__()
+                rows += batch.rows
+            self.mixed = self._mix(rows, len(batch.rows))
+        return self.mixed.pop(0)
+
+    def _mix(self, rows: list[data.Row], size: int) -> list[data.Batch]:
+        batches = [[] for _ in range(self.ahead)]
+        texts = [set() for _ in batches]
+        for i in np.random.default_rng([self.seed, self.step]).permutation(len(rows)):
+            pair = {text_hash(rows[i].query), text_hash(rows[i].positive)}
+            room = [b for b, batch in enumerate(batches) if len(batch) < size]
+            b = next((b for b in room if texts[b].isdisjoint(pair)), room[0])
+            batches[b].append(rows[i])
+            texts[b] |= pair
+        return [data.Batch("mixed", batch, 0, f"{text_hash(str(batch)):016x}")
+                for batch in batches]
+
+
+class RepeatingBatches(data.SourceBatches):
+    """Rows as they come, for stage II: a text may stand twice in a batch."""
+
+    def _fill(self, source: data.Source) -> list[tuple[int, list[int]]]:
+        state = self.states[source.name]
+        ids = self._order(source)[state["cursor"] : state["cursor"] + self.batch_size]
+        state["cursor"] += len(ids)
+        return [(int(row_id), []) for row_id in ids]
+
+
+def create_cls(size: str) -> model.PooledEncoder:
+    """model.create, with the first token's embedding instead of the mean."""
+    return model.PooledEncoder(model.JinaBertModel(model.JinaBertConfig(**model.SIZES[size])),
+                               "cls")
+
+
+# what an arm is trained on: each is made once, under --runs, and gives its manifest
+
+def docs(args: argparse.Namespace) -> Path:
+    return installed_docs.build()
+
+
+def symptoms(args: argparse.Namespace) -> Path:
+    """The Human Phenotype Ontology: a synonym's term (kind "similarity") and its definition."""
+    return wheels.build(names=["hpo"])
+
+
+def remake(manifest: Path, folder: Path, change: Callable[[dict], dict | None]) -> Path:
+    """A manifest of the same files; change(an entry) gives what it becomes, or nothing."""
+    def write(part: Path) -> None:
+        entries = json.loads(manifest.read_text())
+        for entry in entries:
+            for field in {"path", "eval", "collection"} & set(entry):
+                entry[field] = str((manifest.parent / entry[field]).resolve())
+        changed = [entry for entry in map(change, entries) if entry]
+        (part / "manifest.json").write_text(json.dumps(changed))
+
+    if not folder.is_dir():
+        publish(folder, write)
+    return folder / "manifest.json"
+
+
+def replant(manifest: Path, folder: Path, change: Callable) -> Path:
+    """A manifest of rows that change(rows of a source, seed) has rewritten, with its hold-out."""
+    def write(part: Path) -> None:
+        sources = data.load_sources(manifest)
+        rewrite(sources, {source.name: source.train for source in sources}, part / "rows", change)
+
+    if not folder.is_dir():
+        publish(folder, write)
+    return folder / "rows" / "manifest.json"
+
+
+def curate(folder: Path, *command: object) -> Path:
+    if not folder.is_dir():
+        curation.main([*map(str, command), "--out", str(folder), "--max-length", str(LENGTH)])
+    return folder / "manifest.json"
+
+
+def with_rates(rate: Callable[[dict], float], name: str, args: argparse.Namespace) -> Path:
+    return remake(docs(args), args.runs / name, lambda entry: entry | {"rate": rate(entry)})
+
+
+def without_titles(args: argparse.Namespace) -> Path:
+    return with_rates(lambda entry: NO_RATE if entry["name"] == "summary_body" else entry["rate"],
+                      "without-titles", args)
+
+
+def equal_rates(args: argparse.Namespace) -> Path:
+    return with_rates(lambda entry: 1.0, "equal-rates", args)
+
+
+def swapped(args: argparse.Namespace) -> Path:
+    return replant(docs(args), args.runs / "swapped", partial(swap, share=0.2))
+
+
+def filtered(args: argparse.Namespace) -> Path:
+    """By the model that the same wrong pairs have trained."""
+    return curate(args.runs / "filtered", "filter", "--sources", swapped(args),
+                  "--model", trained("swapped", 0, args), "--rows", ROWS["filter swapped"],
+                  "--pool", 20_000, "--top-k", 20, "--batch-size", BATCH)
+
+
+def kept(args: argparse.Namespace) -> Path:
+    """As the README goes from raw pairs to stage III."""
+    return curate(args.runs / "kept", "filter", "--model", trained("base", 0, args),
+                  "--rows", ROWS["filter"], "--pool", 20_000, "--top-k", 20, "--batch-size", 256)
+
+
+def mine_from(manifest: Path, folder: Path, retriever: Path, *flags: object) -> Path:
+    return curate(folder, "mine", "--sources", manifest, "--retriever", retriever, "--rows",
+                  ROWS["mine"], "--candidates", 20, "--margin", 0.2, *flags)
+
+
+def mined(args: argparse.Namespace) -> Path:
+    return mine_from(kept(args), args.runs / "mined", trained("base", 0, args))
+
+
+def plant(rows: list[data.Row], seed: int) -> list[dict]:
+    return [{"query": row.query, "positive": row.positive, "negatives": [reordered(row.positive)]}
+            for row in rows]
+
+
+def planted(how: str, args: argparse.Namespace) -> Path:
+    """Rows mined among targets and, of each row, one false negative: its positive with the
+    sentences in another order. (The default corpus has no near copies; of MS MARCO's hard
+    negatives 70 % are said to be right answers, Qu et al. 2021.) how: random, unconfirmed or
+    confirmed."""
+    manifest = replant(kept(args), args.runs / "planted", plant)
+    given = "--cross-encoder", mined(args).parent / "cross-encoder"
+    if how == "random":
+        manifest = remake(manifest, args.runs / "planted-similarity",
+                          lambda entry: entry | {"kind": "similarity"})
+    replaced = {}
+    if how == "unconfirmed":
+        replaced = {"score": lambda reranker, retriever, ids, indices, cosines:
+                    np.zeros((len(ids), 1 + indices.shape[1]), "f4"),
+                    "confirm": lambda positive, scores, margin: np.arange(len(scores))}
+    with mock.patch.multiple(mine, **replaced):
+        return mine_from(manifest, args.runs / f"planted-{how}", trained("base", 0, args), *given)
+
+
+def one_source(name: str, kind: str, args: argparse.Namespace) -> Path:
+    """A source of `symptoms` alone, mined as one of this kind is."""
+    folder = args.runs / f"{name}-{kind}"
+    manifest = remake(symptoms(args), folder.with_name(f"{folder.name}-rows"),
+                      lambda entry: entry | {"kind": kind} if entry["name"] == name else None)
+    return mine_from(manifest, folder, trained("symptoms", 0, args))
+
+
+# what is wrong in it, counted
+
+def swapped_share(manifest: Path) -> float:
+    counts = [count_swapped(path) for path in manifest.parent.glob("*.jsonl")]
+    wrong, right = map(sum, zip(*counts))
+    return wrong / (wrong + right)
+
+
+def false_negatives(manifest: Path) -> float:
+    """Of the rows, how many have the one that was planted."""
+    return statistics.mean(reordered(row["positive"]) in row["negatives"]
+                           for path in manifest.parent.glob("*.jsonl") for row in lines(path))
+
+
+# arms and claims
+
+class Arm(NamedTuple):
+    """flags: of train.py. replace: [(object, name, what takes its place)]. steps: as a share of
+    --steps. start: the arm whose model it goes on from. wide: also scored among all targets. wrong:
+    counts what is wrong in the rows."""
+
+    flags: str = ""
+    replace: list[tuple] = []
+    sources: Callable = docs
+    batch: int = BATCH
+    steps: float = 1
+    start: str = ""
+    wide: bool = False
+    wrong: Callable | None = None
+
+
+def stage_3(sources: Callable, start: str = "base", **fields) -> Arm:
+    return Arm("--stage 3 --lr 3e-4", sources=sources, batch=256, steps=0.5, start=start, wide=True,
+               **fields)
+
+
+TERMS, DEFINITIONS = "hpo_synonym_term", "hpo_synonym_definition"
+ARMS = {
+    "base": Arm(wide=True),
+    **{f"tau-{tau}": Arm(f"--tau {tau}") for tau in (0.01, 0.02, 0.1, 0.2)},
+    "from-queries": Arm(replace=[(train, "step_loss", from_queries)]),
+    "from-positives": Arm(replace=[(train, "step_loss", from_positives)]),
+    "mixed": Arm(replace=[(data, "SourceBatches", MixedBatches)]),
+    **{f"batch-{rows}": Arm(batch=rows, steps=BATCH / rows) for rows in (64, 256, 4096)},
+    **{f"steps-{rows}": Arm(batch=rows) for rows in (64, 256, 4096)},
+    "without-titles": Arm(sources=without_titles),
+    "swapped": Arm(sources=swapped, wide=True, wrong=swapped_share),
+    "filtered": Arm(sources=filtered, wide=True, wrong=swapped_share),
+    "more-steps": Arm("--lr 3e-4", sources=kept, batch=256, steps=0.5, start="base", wide=True),
+    "more-texts": Arm("--lr 3e-4", sources=kept, batch=2176, steps=0.5, start="base", wide=True),
+    "stage-3": stage_3(mined),
+    **{f"planted-{how}": stage_3(partial(planted, how), wrong=false_negatives)
+       for how in ("random", "unconfirmed", "confirmed")},
+    "symptoms": Arm(sources=symptoms, wide=True),
+    **{f"{name}-{kind}": stage_3(partial(one_source, name, kind), "symptoms")
+       for name in (TERMS, DEFINITIONS) for kind in ("similarity", "retrieval")},
+    "repeated": Arm(replace=[(data, "SourceBatches", RepeatingBatches)], sources=symptoms,
+                    wide=True),
+    "equal-rates": Arm(sources=equal_rates),
+    "cls": Arm(replace=[(model, "create", create_cls)]),
+}
+STARTS = {arm.start for arm in ARMS.values()} | {"swapped"}  # their models are kept
+
+NDCG, ALL = ("ndcg@10", "mean"), ("all", "ndcg@10", "mean")
+AMONG = "nDCG@10 among held-out and 30,000 other targets"
+AMONG_ALL = "nDCG@10 among all targets"
+MEMORY = "memory"  # a claim of its own kind: nothing is trained
+
+
+class Claim(NamedTuple):
+    """says: what the paper says. choice: its arm. arms: {label: arm}. score: where in an arm's
+    results. lower: less is better."""
+
+    says: str
+    choice: str
+    arms: dict[str, str]
+    score: tuple = NDCG
+    axis: str = AMONG
+    lower: bool = False
+    optional: bool = False
+
+
+DIRECTIONS = {"(3), queries": "from-queries", "(3), positives": "from-positives", "(4)": "base"}
+BY_SOURCE = {"mixed": "mixed", "one source": "base"}
+
+
+def mined_as(name: str) -> dict[str, str]:
+    return {"random": f"{name}-similarity", "mined, confirmed": f"{name}-retrieval"}
+
+
+CLAIMS = {
+    "tau": Claim("tau = .05 is effective", ".05", {
+        ".01": "tau-0.01", ".02": "tau-0.02", ".05": "base", ".1": "tau-0.1", ".2": "tau-0.2"}),
+    "directions": Claim("the loss in both directions: query to target", "(4)", DIRECTIONS),
+    "directions-back": Claim(
+        "the loss in both directions: target to query", "(4)", DIRECTIONS, ("back", *NDCG),
+        "nDCG@10 of queries, among held-out and 30,000 others"),
+    "source-wise": Claim("a batch from one source", "one source", BY_SOURCE),
+    "source-wise-nearer": Claim(
+        "a batch from one source: what it does between sources", "one source", BY_SOURCE,
+        ("other source", "mean"), "share of queries to which another source's text is nearer",
+        lower=True),
+    "batch-size": Claim("larger batches, as many pairs", "4,096", {
+        "64": "batch-64", "256": "batch-256", "1,024": "base", "4,096": "batch-4096"}),
+    "title-abstract": Claim(
+        "title-abstract pairs help clustering", "with", {"without": "without-titles",
+                                                         "with": "base"},
+        ("v_measure",), "V-measure of docstrings by package"),
+    "filtering": Claim("consistency filtering", "20 % wrong, filtered", {
+        "as it is": "base", "20 % wrong": "swapped", "20 % wrong, filtered": "filtered"}, ALL,
+        AMONG_ALL),
+    "stage-3": Claim("stage III lifts ranking", "stage III", {
+        "stage II": "base", "as many more steps": "more-steps", "as many more texts": "more-texts",
+        "stage III": "stage-3"}, ALL, AMONG_ALL),
+    "hard": Claim("hard negatives, confirmed by a cross-encoder", "mined, confirmed", {
+        "random": "planted-random", "mined": "planted-unconfirmed",
+        "mined, confirmed": "planted-confirmed"}, ALL, AMONG_ALL),
+    "similarity": Claim("random negatives where data is not for retrieval", "random",
+                        mined_as(TERMS), ("all", "ndcg@10", TERMS), "nDCG@10, synonym to term"),
+    "retrieval": Claim("hard ones where it is", "mined, confirmed", mined_as(DEFINITIONS),
+                       ("all", "ndcg@10", DEFINITIONS), "nDCG@10, synonym to definition"),
+    "batch-size-steps": Claim("larger batches, as many steps", "4,096", {
+        "64": "steps-64", "256": "steps-256", "1,024": "base", "4,096": "steps-4096"},
+        optional=True),
+    "no-text-twice": Claim(
+        "no text twice in a batch (ours)", "none", {"twice": "repeated", "none": "symptoms"}, ALL,
+        "nDCG@10, symptoms, among all targets", optional=True),
+    "rates": Claim("sampling rates by quality and size", "rates",
+                   {"equal": "equal-rates", "rates": "base"}, optional=True),
+    "pooling": Claim("mean pooling", "mean", {"CLS": "cls", "mean": "base"}, optional=True),
+}
+CELLS = {  # §5.3: flags of train.py
+    "fp32": "--precision fp32 --memory 1000", "bf16": "--precision bf16 --memory 1000",
+    "and checkpointed layers": "--precision bf16 --memory 1000 --checkpoint-layers",
+    "and two passes": "--precision bf16 --memory 0.1 --checkpoint-layers"}
+BATCHES = 256, 1024, 4096, 16384, 65536
+MEASURED = 4096  # rows of a batch that are tried, where they fit; beyond, the plan's arithmetic
+
+
+# scores
+
+def scores(run: Path, arm: Arm, args: argparse.Namespace) -> dict:
+    encoder, tokenizer = model.load(run / "model")
+    manifest = symptoms(args) if symptoms in (arm.sources, ARMS.get(arm.start, arm).sources) \
+        else docs(args)
+    sources = data.load_sources(manifest)
+    vectors = partial(vectors_of, encoder, tokenizer)
+    held_out = {text_hash(text) for s in sources for row in s.held_out for text in row[:2]}
+    apart = {s.name: np.flatnonzero(is_among(s.index["query"], held_out)
+                                    | is_among(s.index["positive"], held_out)) for s in sources}
+    found = among(vectors, sources, draw(sources, args.distractors, 0, apart), back=True)
+    if arm.wide:
+        found["all"] = among(vectors, sources, draw(sources, None, 0, apart))
+    if manifest == docs(args):
+        runs = [metrics.clustering(encoder, tokenizer, labelled(args), LENGTH, 16384, seed=seed)
+                for seed in range(3)]
+        found["v_measure"] = statistics.mean(run["v_measure"] for run in runs)
+    return found
+
+
+def vectors_of(encoder, tokenizer, texts: list[str]) -> Tensor:
+    """Of length 1, (M, D)."""
+    parts = [embed(encoder, tokenizer, texts[i : i + 8192], LENGTH)
+             for i in range(0, len(texts), 8192)]
+    return F.normalize(torch.cat(parts), dim=-1)
+
+
+def among(vectors: Callable, sources: list[data.Source], rows: dict[str, np.ndarray],
+          back: bool = False) -> dict:
+    """{metric: {source or "mean": value}} of search for the held-out targets of a source, among
+    themselves and the targets of these rows of all sources. "other source": the share of queries to
+    which one of another source is at least as near as the own target. back: also of search for the
+    query."""
+    pairs = {name: [source.read(i) for source in sources if source.name == name for i in ids]
+             for name, ids in rows.items()}
+    targets = {name: vectors([row.positive for row in found]) for name, found in pairs.items()}
+    queries = vectors([row.query for found in pairs.values() for row in found]) if back else None
+    everything, found, found_back = torch.cat(list(targets.values())), {}, {}
+    for source in sources:
+        q = vectors([row.query for row in source.held_out])
+        t = vectors([row.positive for row in source.held_out])
+        found[source.name] = measure(metrics.positions(q, torch.cat([t, everything])))
+        if len(sources) > 1:
+            others = torch.cat([x for name, x in targets.items() if name != source.name])
+            nearest = torch.cat([(part @ others.T).amax(1) for part in q.split(64)])
+            nearer = nearest >= (q * t).sum(1) - metrics.TIE
+            found[source.name]["other source"] = nearer.double().mean().item()
+        if back:
+            found_back[source.name] = measure(metrics.positions(t, torch.cat([q, queries])))
+    return by_metric(found) | ({"back": by_metric(found_back)} if back else {})
+
+
+def measure(positions: Tensor) -> dict[str, float]:
+    return {"ndcg@10": metrics.ndcg_at_10(positions),
+            "recall@1": metrics.recall_at(positions, 1)}
+
+
+def by_metric(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """{source: {metric: value}} -> {metric: {source: value, ..., "mean": value}}."""
+    turned = {}
+    for name in next(iter(found.values())):
+        values = {source: round(metric[name], 4) for source, metric in found.items()}
+        turned[name] = values | {"mean": round(statistics.mean(values.values()), 4)}
+    return turned
+
+
+def labelled(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Held-out docstrings and the packages they come from, which are read once more."""
+    path = args.runs / "labelled" / "docstrings.json"
+
+    def write(part: Path) -> None:
+        texts = {text_hash(row.positive): row.positive for source in data.load_sources(docs(args))
+                 if source.name in DOCSTRINGS for row in source.held_out}
+        packages = {}
+        installed_docs.start_worker()  # other people's warnings
+        for package, files in tqdm(installed_docs.installed().items(), desc="labels"):
+            for file in files:
+                rows = installed_docs.read(file)
+                for _, target, *_ in (row for name in DOCSTRINGS for row in rows.get(name, [])):
+                    packages.setdefault(text_hash(target), package.partition("==")[0])
+        found = [(text, packages[key]) for key, text in texts.items() if key in packages]
+        names = [package for _, package in found]
+        found = [pair for pair in found if names.count(pair[1]) >= LABELLED]
+        (part / path.name).write_text(json.dumps(found))
+
+    if not path.is_file():
+        publish(path.parent, write)
+    return [tuple(pair) for pair in json.loads(path.read_text())]
+
+
+# an arm, in a process of its own
+
+def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
+    """The model of an arm, trained first if it is not there."""
+    run = args.runs / f"{name}-{seed}"
+    if not (run / "model").is_dir():
+        child(args, "--arm", name, "--seed", seed, "--train-only")
+    return run / "model"
+
+
+def run_arm(name: str, seed: int, args: argparse.Namespace) -> dict:
+    """Trains and scores it -> scores, seconds, machine."""
+    arm, run = ARMS[name], args.runs / f"{name}-{seed}"
+    manifest = arm.sources(args)
+    start = trained(arm.start, seed, args) if arm.start else "tiny"
+    if not args.train_only:
+        labelled(args)  # once, and not in the seconds
+    began, steps = time.perf_counter(), max(1, round(args.steps * arm.steps))
+    if not (run / "model").is_dir():
+        shutil.rmtree(run, ignore_errors=True)
+        train_arm(arm, run, steps, ["--sources", manifest, "--model", start, "--seed", seed], args)
+    if args.train_only:
+        return {}
+    found = {"scores": scores(run, arm, args)}
+    if arm.wrong:
+        found["wrong"] = round(arm.wrong(manifest), 4)
+    shutil.rmtree(run / "checkpoints")
+    if name not in STARTS:
+        shutil.rmtree(run)
+    return found | {"seconds": round(time.perf_counter() - began), "machine": machine()}
+
+
+def train_arm(arm: Arm, run: Path, steps: int, flags: list, args: argparse.Namespace) -> None:
+    corpus = symptoms if symptoms in (arm.sources, ARMS.get(arm.start, arm).sources) else docs
+    shared = data.load_sources(corpus(args))
+    original, MixedBatches.ahead = data.train_tokenizer, steps
+    replace = [*arm.replace,
+               (data, "train_tokenizer", lambda _, size: original(shared, size)),
+               # all that is scored is scored at the end
+               (metrics, "held_out_retrieval", lambda *_: {"mean": {}, "sources": {}})]
+    for module, function, other in replace:
+        setattr(module, function, other)
+    train.main([*map(str, flags), *arm.flags.split(), "--batch-size", str(arm.batch), "--steps",
+                str(steps), "--max-length", str(LENGTH), "--save-every", str(steps), "--out",
+                str(run)])
+    if not (run / "model").is_dir():
+        sys.exit("claims: stopped; the same command begins this arm again")
+
+
+def memory_cell(cell: str, batch: int) -> dict:
+    """GB of a process that takes one step on full texts: by the plan's arithmetic, and where that
+    fits, at its peak."""
+    ranks = Ranks()
+    flags = f"{CELLS[cell]} --batch-size {batch} --max-length {LENGTH} --micro-tokens 2048"
+    settings, _ = train.parse_arguments(flags.split(), ranks)
+    room = memory_free(ranks.device)
+    encoder = model.create("tiny").train()
+    optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)
+    engine, plan = train.prepare(encoder, optimizer, settings.clip, settings, ranks)
+    found = {"plan": float(re.search(r"about ([\d.]+) of", plan.line)[1])}
+    if batch <= MEASURED and found["plan"] * 1e9 < 0.8 * room:
+        ids = torch.randint(5, encoder.backbone.config.vocab_size, (2 * batch, LENGTH))
+        rows = torch.arange(2 * batch).split(plan.micro_tokens // LENGTH)
+        embeddings = engine.embed([(i, ids[i], torch.ones_like(ids[i])) for i in rows])
+        loss, _ = train.step_loss(*embeddings.split(batch), None, settings.tau, ranks)
+        loss.backward()
+        engine.backward(embeddings.grad)
+        engine.step(1e-3)
+        found["measured"] = round(memory_held(ranks.device, peak=True) / 1e9, 2)
+    return {"scores": found, "machine": machine()}
+
+
+def machine() -> str:
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*:\s*(.*)", info.read_text())[1] if info.is_file() else ""
+    return f"{os.cpu_count()} CPUs, {name or platform.machine()}, torch {torch.__version__}"
+
+
+# all arms
+
+def child(args: argparse.Namespace, *flags: object) -> None:
+    """This file again, in a process of its own; its output is kept in a log. Raises RuntimeError
+    with the log's last line."""
+    shared = ["--runs", args.runs, "--steps", args.steps, "--distractors", args.distractors]
+    command = [sys.executable, "-m", "experiments.claims", *map(str, [*shared, *flags])]
+    args.runs.mkdir(parents=True, exist_ok=True)
+    log = args.runs / f"{'-'.join(map(str, flags)).replace('--', '')}.log"
+    with log.open("w") as file:
+        if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode:
+            last = log.read_text().strip().splitlines()[-1:]
+            raise RuntimeError(f"{log}: {' '.join(last)}; the same command goes on from here")
+
+
+def write_results(path: Path, results: dict) -> None:
+    """A line an arm and seed, whole or not at all."""
+    rows = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(results.items()))
+    part = path.with_suffix(".part")
+    part.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    os.replace(part, path)
+
+
+def cells_of(claim: str, seeds: int) -> list[str]:
+    """Keys of results: "arm/seed", or of memory "memory way/batch"."""
+    if claim == MEMORY:
+        return [f"{MEMORY} {way}/{batch}" for way in CELLS for batch in BATCHES]
+    return [f"{arm}/{seed}" for arm in CLAIMS[claim].arms.values() for seed in range(seeds)]
+
+
+def expected_seconds(todo: list[str], results: dict) -> float:
+    """Of arms that were measured, by what they took; of others, the median of those."""
+    took = {}
+    for key, found in results.items():
+        took.setdefault(key.partition("/")[0], []).append(found.get("seconds", 0))
+    usual = statistics.median([s for found in took.values() for s in found if s] or [300])
+    return sum(statistics.mean(took.get(key.partition("/")[0], [usual])) for key in todo)
+
+
+def run_all(names: list[str], args: argparse.Namespace) -> dict:
+    results = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    keys = dict.fromkeys(key for name in names for key in cells_of(name, args.seeds))
+    if not (todo := [key for key in keys if key not in results]):
+        return results
+    setting = {"steps": args.steps, "distractors": args.distractors,
+               "corpus": docs(args).parent.name}
+    if results.setdefault("setting", setting) != setting:
+        raise ValueError(f"{args.out} was made with {results['setting']}, not {setting}; choose "
+                         f"another --out and --runs")
+    hours = expected_seconds(todo, {k: v for k, v in results.items() if k != "setting"}) / 3600
+    print(f"{len(todo)} arms to run, {len(keys) - len(todo)} are there: about {hours:.1f} hours, "
+          f"and what it takes to filter and mine where that is not done", flush=True)
+    result = args.runs / "result.json"
+    for key in (bar := tqdm(todo, unit="arm")):
+        name, _, number = key.rpartition("/")
+        bar.set_postfix_str(key)
+        child(args, "--arm", name, "--seed", number, "--result", result)
+        results[key] = json.loads(result.read_text())
+        write_results(args.out, results)
+    return results
+
+
+# what was seen
+
+def value(found: dict, claim: Claim) -> float:
+    found = found["scores"]
+    for key in claim.score:
+        found = found[key]
+    return found
+
+
+def values(results: dict, claim: Claim, label: str) -> dict[str, float]:
+    """{seed: score} of an arm."""
+    keys = (key.rpartition("/") for key in results)
+    return {seed: value(results[f"{arm}/{seed}"], claim) for arm, _, seed in keys
+            if arm == claim.arms[label]}
+
+
+def verdict(differences: list[float]) -> tuple[str, float]:
+    """Of differences paired by seed, the paper's arm less another: seen, or the opposite, if all
+    have one sign and their mean is more than twice its standard error; and that bound, 2 s.e."""
+    if len(differences) < 2:
+        return "one seed", math.nan
+    mean = statistics.mean(differences)
+    bound = 2 * statistics.stdev(differences) / math.sqrt(len(differences))
+    one_sign = min(differences) > 0 or max(differences) < 0
+    if not one_sign or abs(mean) <= bound:
+        return "not told apart", bound
+    return "seen" if mean > 0 else "the opposite", bound
+
+
+def verdicts(results: dict, claim: Claim) -> dict[str, list[str]]:
+    """{verdict: the arms that the paper's was compared with}."""
+    chosen, found = values(results, claim, claim.choice), {}
+    for label in claim.arms:
+        other = values(results, claim, label)
+        both = [seed for seed in chosen if seed in other]
+        if label == claim.choice or not both:
+            continue
+        sign = -1 if claim.lower else 1
+        word, bound = verdict([sign * (chosen[seed] - other[seed]) for seed in both])
+        if word == "not told apart":
+            label += f" ({bound:.3f} would have been)"
+        found.setdefault(word, []).append(label)
+    return found
+
+
+def in_words(found: dict[str, list[str]], bold: str = "") -> str:
+    joints = {"seen": "against", "not told apart": "from"}
+    return "; ".join(f"{bold}{word}{bold} {joints.get(word, 'against')} {', '.join(labels)}"
+                     for word, labels in found.items())
+
+
+def shown(results: dict, claim: Claim, label: str) -> str:
+    numbers = list(values(results, claim, label).values())
+    text = f"{statistics.mean(numbers):.3f}"
+    if len(numbers) > 1:
+        text += f" ± {statistics.stdev(numbers):.3f}"
+    wrong = [found["wrong"] for key, found in results.items()
+             if key.rpartition("/")[0] == claim.arms[label] and "wrong" in found]
+    return text + (f" ({statistics.mean(wrong):.1%} wrong)" if wrong else "")
+
+
+def there(results: dict) -> dict[str, Claim]:
+    """The claims that have results of two arms, each with those arms."""
+    found = {}
+    for name, claim in CLAIMS.items():
+        arms = {label: arm for label, arm in claim.arms.items() if values(results, claim, label)}
+        if claim.choice in arms and len(arms) > 1:
+            found[name] = claim._replace(arms=arms)
+    return found
+
+
+def table(results: dict) -> str:
+    """Markdown; ± is the standard deviation over the seeds."""
+    rows = ["| the paper says | measured | arms, the paper's in bold | verdict |",
+            "| --- | --- | --- | --- |"]
+    for claim in there(results).values():
+        cells = [f"{f'**{label}**' if label == claim.choice else label}: "
+                 f"{shown(results, claim, label)}" for label in claim.arms]
+        rows.append(f"| {claim.says} | {claim.axis} | {'<br>'.join(cells)} | "
+                    f"{in_words(verdicts(results, claim), '**')} |")
+    if gigabytes := memory_lines(results):
+        head = "".join(f" {batch:,} |" for batch in BATCHES)
+        rows += ["", f"| GB of a step, pairs: |{head}", "| --- |" + " ---: |" * len(BATCHES)]
+        for way, found in gigabytes.items():
+            cells = [f"{gb:.2f}" if was_measured else f"*{gb:,.1f}*" if gb else ""
+                     for gb, was_measured in (found.get(b, (0, False)) for b in BATCHES)]
+            rows.append(f"| {way} | {' | '.join(cells)} |")
+        rows += ["", "In italics: the plan's arithmetic, not tried."]
+    return "\n".join(rows)
+
+
+def memory_lines(results: dict) -> dict[str, dict[int, tuple[float, bool]]]:
+    """{way: {batch: (GB, whether it was measured)}}."""
+    found = {}
+    for way in CELLS:
+        for batch in BATCHES:
+            if cell := results.get(f"{MEMORY} {way}/{batch}", {}).get("scores"):
+                gigabytes = cell.get("measured", cell["plan"])
+                found.setdefault(way, {})[batch] = gigabytes, "measured" in cell
+    return found
+
+
+# the figure
+
+def draw_figure(results: dict, path: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+    claims, gigabytes = there(results), memory_lines(results)
+    count = len(claims) + bool(gigabytes)
+    heights = [len(claim.arms) for claim in claims.values()] + [5] * bool(gigabytes)
+    rows = [max(heights[i : i + 2]) for i in range(0, count, 2)]
+    with matplotlib.rc_context(SVG | {"font.size": 8, "axes.titlesize": 8}):
+        figure = Figure(figsize=(6.25, sum(0.17 * n + 1.05 for n in rows)), layout="constrained")
+        panels = figure.subplots(len(rows), 2, squeeze=False,
+                                 height_ratios=[0.17 * n + 1.05 for n in rows]).flatten()
+        for axes in panels[count:]:
+            axes.set_axis_off()
+        for axes, claim in zip(panels, claims.values()):
+            draw_claim(axes, results, claim)
+        if gigabytes:
+            draw_memory(panels[count - 1], gigabytes)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def draw_claim(axes, results: dict, claim: Claim) -> None:
+    """A line an arm: a dot a seed, and a bar at their mean; the paper's in black."""
+    for y, label in enumerate(claim.arms):
+        numbers, paper = list(values(results, claim, label).values()), label == claim.choice
+        colour = "black" if paper else "0.45"
+        axes.scatter(numbers, [y] * len(numbers), s=16, color=colour if paper else "white",
+                     edgecolor=colour, linewidth=0.9, zorder=3)
+        axes.plot([statistics.mean(numbers)] * 2, [y - 0.35, y + 0.35], color=colour, linewidth=1.6)
+    axes.set(ylim=(len(claim.arms) - 0.4, -0.6), yticks=range(len(claim.arms)))
+    for tick, label in zip(axes.set_yticklabels(claim.arms), claim.arms):
+        tick.set_fontweight("bold" if label == claim.choice else "normal")
+    axes.set_xlabel(claim.axis + (" (less is better)" if claim.lower else ""), size=6.5)
+    finish(axes, claim.says, in_words(verdicts(results, claim)))
+
+
+def draw_memory(axes, gigabytes: dict[str, dict]) -> None:
+    """A line a way; hollow: arithmetic."""
+    for (way, found), style in zip(gigabytes.items(), (":", "-.", "--", "-")):
+        y = [gb for gb, _ in found.values()]
+        axes.plot(list(found), y, style, color="black", linewidth=1)
+        axes.scatter(list(found), y, s=12, edgecolor="black", linewidth=0.8, zorder=3,
+                     color=["black" if was_measured else "white" for _, was_measured
+                            in found.values()])
+        axes.annotate(f" {way}", (max(found), y[-1]), (4, 0), textcoords="offset points",
+                      va="center", size=6.5, annotation_clip=False)
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(BATCHES, [f"{batch:,}" for batch in BATCHES], size=6.5)
+    axes.minorticks_off()
+    axes.set_xlabel("pairs of a batch; GB (hollow: arithmetic, not tried)", size=6.5)
+    finish(axes, "room for large batches (§5.3)", "each makes more room")
+
+
+def finish(axes, says: str, caption: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    text = "\n".join(textwrap.wrap(says, 46) + textwrap.wrap(caption, 60))
+    axes.set_title(text, loc="left")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m experiments.claims", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    names = [*CLAIMS, MEMORY]
+    default = [name for name in names if name == MEMORY or not CLAIMS[name].optional]
+    add("--only", nargs="+", choices=names, default=default, metavar="CLAIM",
+        help=f"of {', '.join(names)}; unset: all but {', '.join(set(names) - set(default))}")
+    add("--seeds", type=int, default=3)
+    add("--figure", type=Path, metavar="FILE", help="an SVG of what is there")
+    add("--steps", type=int, default=40, help="of the base")
+    add("--distractors", type=int, default=30_000, help="targets to search among, besides")
+    add("--out", type=Path, default=Path("experiments/claims.json"), metavar="FILE")
+    add("--runs", type=Path, default=Path("runs/claims"), metavar="DIR", help="models and rows")
+    for flag in ("--arm", "--seed", "--result"):  # of a child
+        add(flag, help=argparse.SUPPRESS)
+    add("--train-only", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.arm:
+        way = args.arm.removeprefix(f"{MEMORY} ")
+        found = memory_cell(way, int(args.seed)) if way in CELLS else run_arm(
+            args.arm, int(args.seed), args)
+        if args.result:
+            Path(args.result).write_text(json.dumps(found))
+        return
+    if args.figure:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            sys.exit("claims: --figure needs matplotlib: pip install -r "
+                     "experiments/requirements.txt")
+    try:
+        results = run_all(args.only, args)
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"claims: {error}")
+    print(table(results))
+    if args.figure:
+        draw_figure(results, args.figure)
+        print(f"{args.figure} is written")
+
+
+if __name__ == "__main__":
+    main()
