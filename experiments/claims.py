@@ -92,8 +92,9 @@ class MixedBatches(data.SourceBatches):
         texts = [set() for _ in batches]
         for i in np.random.default_rng([self.seed, self.step]).permutation(len(rows)):
             pair = {text_hash(rows[i].query), text_hash(rows[i].positive)}
-            room = [b for b, batch in enumerate(batches) if len(batch) < size]
-            b = next((b for b in room if texts[b].isdisjoint(pair)), room[0])
+            room = [b for b in range(self.ahead) if len(batches[b]) < size]
+            apart = [b for b in room if texts[b].isdisjoint(pair)]
+            b = min(apart or room, key=lambda b: len(batches[b]))
             batches[b].append(rows[i])
             texts[b] |= pair
         return [data.Batch("mixed", batch, 0, f"{text_hash(str(batch)):016x}")
