@@ -12,7 +12,6 @@ anything to run (--seeds 0) the table and the figure are made of what is there.
 
 import argparse
 import json
-import math
 import os
 import platform
 import re
@@ -20,7 +19,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from functools import partial
@@ -36,6 +34,7 @@ from tqdm import tqdm
 
 import data
 import losses
+import memory
 import model
 import train
 from corpora import installed_docs, wheels
@@ -47,7 +46,7 @@ from curation.sources import draw
 from evaluation import metrics
 from evaluation.embed import embed
 from experiments.curation import count_swapped, lines, reordered, rewrite, swap
-from experiments.curves import SVG
+from experiments.verdicts import Claim, Room, draw as draw_figure, table
 from plumbing.files import publish
 from plumbing.plan import memory_free, memory_held
 from plumbing.ranks import Ranks
@@ -57,6 +56,7 @@ ROWS = {"filter": 60_000, "filter swapped": 120_000, "mine": 8000}  # curation's
 DOCSTRINGS = "summary_body", "name_summary"  # sources whose targets are docstrings
 LABELLED = 20  # held-out docstrings of a package at least, for it to be a label
 NO_RATE = 1e-9  # of a source that is held out but never drawn
+GUESS = 300  # seconds of an arm, before one is measured
 
 
 # what is replaced in train
@@ -249,8 +249,8 @@ def false_negatives(manifest: Path) -> float:
 
 class Arm(NamedTuple):
     """flags: of train.py. replace: [(object, name, what takes its place)]. steps: as a share of
-    --steps. start: the arm whose model it goes on from. wide: also scored among all targets. wrong:
-    counts what is wrong in the rows."""
+    --steps. start: the arm whose model it goes on from. corpus: that it is scored on. wide: also
+    among all targets. wrong: the share of its rows with something wrong in it."""
 
     flags: str = ""
     replace: list[tuple] = []
@@ -258,6 +258,7 @@ class Arm(NamedTuple):
     batch: int = BATCH
     steps: float = 1
     start: str = ""
+    corpus: Callable = docs
     wide: bool = False
     wrong: Callable | None = None
 
@@ -284,34 +285,22 @@ ARMS = {
     "stage-3": stage_3(mined),
     **{f"planted-{how}": stage_3(partial(planted, how), wrong=false_negatives)
        for how in ("random", "unconfirmed", "confirmed")},
-    "symptoms": Arm(sources=symptoms, wide=True),
-    **{f"{name}-{kind}": stage_3(partial(one_source, name, kind), "symptoms")
+    "symptoms": Arm(sources=symptoms, corpus=symptoms, wide=True),
+    **{f"{name}-{kind}": stage_3(partial(one_source, name, kind), "symptoms", corpus=symptoms)
        for name in (TERMS, DEFINITIONS) for kind in ("similarity", "retrieval")},
     "repeated": Arm(replace=[(data, "SourceBatches", RepeatingBatches)], sources=symptoms,
-                    wide=True),
+                    corpus=symptoms, wide=True),
     "equal-rates": Arm(sources=equal_rates),
     "cls": Arm(replace=[(model, "create", create_cls)]),
 }
 STARTS = {arm.start for arm in ARMS.values()} | {"swapped"}  # their models are kept
 
-NDCG, ALL = ("ndcg@10", "mean"), ("all", "ndcg@10", "mean")
-AMONG = "nDCG@10 among held-out and 30,000 other targets"
-AMONG_ALL = "nDCG@10 among all targets"
+NDCG = ("ndcg@10", "mean"), "nDCG@10 among held-out and 30,000 other targets"
+BACK = ("back", "ndcg@10", "mean"), "nDCG@10 of queries, among held-out and 30,000 others"
+NEARER = ("other source", "mean"), "share of queries to which another source's text is nearer"
+ALL = ("all", "ndcg@10", "mean"), "nDCG@10 among all targets"
+CLUSTERS = ("v_measure",), "V-measure of docstrings by package"
 MEMORY = "memory"  # a claim of its own kind: nothing is trained
-
-
-class Claim(NamedTuple):
-    """says: what the paper says. choice: its arm. arms: {label: arm}. score: where in an arm's
-    results. lower: less is better."""
-
-    says: str
-    choice: str
-    arms: dict[str, str]
-    score: tuple = NDCG
-    axis: str = AMONG
-    lower: bool = False
-    optional: bool = False
-
 
 DIRECTIONS = {"(3), queries": "from-queries", "(3), positives": "from-positives", "(4)": "base"}
 BY_SOURCE = {"mixed": "mixed", "one source": "base"}
@@ -323,44 +312,37 @@ def mined_as(name: str) -> dict[str, str]:
 
 CLAIMS = {
     "tau": Claim("tau = .05 is effective", ".05", {
-        ".01": "tau-0.01", ".02": "tau-0.02", ".05": "base", ".1": "tau-0.1", ".2": "tau-0.2"}),
-    "directions": Claim("the loss in both directions: query to target", "(4)", DIRECTIONS),
-    "directions-back": Claim(
-        "the loss in both directions: target to query", "(4)", DIRECTIONS, ("back", *NDCG),
-        "nDCG@10 of queries, among held-out and 30,000 others"),
-    "source-wise": Claim("a batch from one source", "one source", BY_SOURCE),
-    "source-wise-nearer": Claim(
-        "a batch from one source: what it does between sources", "one source", BY_SOURCE,
-        ("other source", "mean"), "share of queries to which another source's text is nearer",
-        lower=True),
-    "batch-size": Claim("larger batches, as many pairs", "4,096", {
-        "64": "batch-64", "256": "batch-256", "1,024": "base", "4,096": "batch-4096"}),
-    "title-abstract": Claim(
-        "title-abstract pairs help clustering", "with", {"without": "without-titles",
-                                                         "with": "base"},
-        ("v_measure",), "V-measure of docstrings by package"),
+        ".01": "tau-0.01", ".02": "tau-0.02", ".05": "base", ".1": "tau-0.1", ".2": "tau-0.2"},
+        *NDCG),
+    "directions": Claim("loss in both directions: search for targets", "(4)", DIRECTIONS, *NDCG),
+    "directions-back": Claim("the same: search for queries", "(4)", DIRECTIONS, *BACK),
+    "source-wise": Claim("a batch from one source", "one source", BY_SOURCE, *NDCG),
+    "source-wise-nearer": Claim("the same: other sources' texts", "one source", BY_SOURCE, *NEARER,
+                                lower=True),
+    "batch-size": Claim("larger batches, of as many pairs in all", "4,096", {
+        "64": "batch-64", "256": "batch-256", "1,024": "base", "4,096": "batch-4096"}, *NDCG),
+    "title-abstract": Claim("title-abstract pairs help clustering", "with", {
+        "without": "without-titles", "with": "base"}, *CLUSTERS),
     "filtering": Claim("consistency filtering", "20 % wrong, filtered", {
-        "as it is": "base", "20 % wrong": "swapped", "20 % wrong, filtered": "filtered"}, ALL,
-        AMONG_ALL),
+        "as it is": "base", "20 % wrong": "swapped", "20 % wrong, filtered": "filtered"}, *ALL),
     "stage-3": Claim("stage III lifts ranking", "stage III", {
         "stage II": "base", "as many more steps": "more-steps", "as many more texts": "more-texts",
-        "stage III": "stage-3"}, ALL, AMONG_ALL),
+        "stage III": "stage-3"}, *ALL),
     "hard": Claim("hard negatives, confirmed by a cross-encoder", "mined, confirmed", {
         "random": "planted-random", "mined": "planted-unconfirmed",
-        "mined, confirmed": "planted-confirmed"}, ALL, AMONG_ALL),
+        "mined, confirmed": "planted-confirmed"}, *ALL),
     "similarity": Claim("random negatives where data is not for retrieval", "random",
                         mined_as(TERMS), ("all", "ndcg@10", TERMS), "nDCG@10, synonym to term"),
     "retrieval": Claim("hard ones where it is", "mined, confirmed", mined_as(DEFINITIONS),
                        ("all", "ndcg@10", DEFINITIONS), "nDCG@10, synonym to definition"),
-    "batch-size-steps": Claim("larger batches, as many steps", "4,096", {
-        "64": "steps-64", "256": "steps-256", "1,024": "base", "4,096": "steps-4096"},
+    "batch-size-steps": Claim("larger batches, in as many steps", "4,096", {
+        "64": "steps-64", "256": "steps-256", "1,024": "base", "4,096": "steps-4096"}, *NDCG,
         optional=True),
-    "no-text-twice": Claim(
-        "no text twice in a batch (ours)", "none", {"twice": "repeated", "none": "symptoms"}, ALL,
-        "nDCG@10, symptoms, among all targets", optional=True),
-    "rates": Claim("sampling rates by quality and size", "rates",
-                   {"equal": "equal-rates", "rates": "base"}, optional=True),
-    "pooling": Claim("mean pooling", "mean", {"CLS": "cls", "mean": "base"}, optional=True),
+    "no-text-twice": Claim("no text twice in a batch (ours)", "once", {
+        "twice": "repeated", "once": "symptoms"}, *ALL, optional=True),
+    "rates": Claim("sampling rates by quality and size", "rates", {
+        "equal": "equal-rates", "rates": "base"}, *NDCG, optional=True),
+    "pooling": Claim("mean pooling", "mean", {"CLS": "cls", "mean": "base"}, *NDCG, optional=True),
 }
 CELLS = {  # §5.3: flags of train.py
     "fp32": "--precision fp32 --memory 1000", "bf16": "--precision bf16 --memory 1000",
@@ -374,9 +356,7 @@ MEASURED = 4096  # rows of a batch that are tried, where they fit; beyond, the p
 
 def scores(run: Path, arm: Arm, args: argparse.Namespace) -> dict:
     encoder, tokenizer = model.load(run / "model")
-    manifest = symptoms(args) if symptoms in (arm.sources, ARMS.get(arm.start, arm).sources) \
-        else docs(args)
-    sources = data.load_sources(manifest)
+    sources = data.load_sources(arm.corpus(args))
     vectors = partial(vectors_of, encoder, tokenizer)
     held_out = {text_hash(text) for s in sources for row in s.held_out for text in row[:2]}
     apart = {s.name: np.flatnonzero(is_among(s.index["query"], held_out)
@@ -384,7 +364,7 @@ def scores(run: Path, arm: Arm, args: argparse.Namespace) -> dict:
     found = among(vectors, sources, draw(sources, args.distractors, 0, apart), back=True)
     if arm.wide:
         found["all"] = among(vectors, sources, draw(sources, None, 0, apart))
-    if manifest == docs(args):
+    if arm.corpus is docs:
         runs = [metrics.clustering(encoder, tokenizer, labelled(args), LENGTH, 16384, seed=seed)
                 for seed in range(3)]
         found["v_measure"] = statistics.mean(run["v_measure"] for run in runs)
@@ -467,7 +447,7 @@ def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
     """The model of an arm, trained first if it is not there."""
     run = args.runs / f"{name}-{seed}"
     if not (run / "model").is_dir():
-        child(args, "--arm", name, "--seed", seed, "--train-only")
+        child(args, "--arm", name, "--seed", seed)
     return run / "model"
 
 
@@ -476,14 +456,11 @@ def run_arm(name: str, seed: int, args: argparse.Namespace) -> dict:
     arm, run = ARMS[name], args.runs / f"{name}-{seed}"
     manifest = arm.sources(args)
     start = trained(arm.start, seed, args) if arm.start else "tiny"
-    if not args.train_only:
-        labelled(args)  # once, and not in the seconds
+    labelled(args)  # once, and not in the seconds
     began, steps = time.perf_counter(), max(1, round(args.steps * arm.steps))
     if not (run / "model").is_dir():
         shutil.rmtree(run, ignore_errors=True)
         train_arm(arm, run, steps, ["--sources", manifest, "--model", start, "--seed", seed], args)
-    if args.train_only:
-        return {}
     found = {"scores": scores(run, arm, args)}
     if arm.wrong:
         found["wrong"] = round(arm.wrong(manifest), 4)
@@ -494,15 +471,13 @@ def run_arm(name: str, seed: int, args: argparse.Namespace) -> dict:
 
 
 def train_arm(arm: Arm, run: Path, steps: int, flags: list, args: argparse.Namespace) -> None:
-    corpus = symptoms if symptoms in (arm.sources, ARMS.get(arm.start, arm).sources) else docs
-    shared = data.load_sources(corpus(args))
-    original, MixedBatches.ahead = data.train_tokenizer, steps
-    replace = [*arm.replace,
-               (data, "train_tokenizer", lambda _, size: original(shared, size)),
-               # all that is scored is scored at the end
-               (metrics, "held_out_retrieval", lambda *_: {"mean": {}, "sources": {}})]
-    for module, function, other in replace:
-        setattr(module, function, other)
+    corpus = data.load_sources(arm.corpus(args))
+    tokenizer = data.train_tokenizer(corpus, train.VOCABULARY)
+    data.train_tokenizer = lambda *_: tokenizer  # of the corpus, whatever the arm makes of it
+    metrics.held_out_retrieval = lambda *_: {"mean": {}, "sources": {}}  # `scores` does that
+    MixedBatches.ahead = steps
+    for module, name, replacement in arm.replace:
+        setattr(module, name, replacement)
     train.main([*map(str, flags), *arm.flags.split(), "--batch-size", str(arm.batch), "--steps",
                 str(steps), "--max-length", str(LENGTH), "--save-every", str(steps), "--out",
                 str(run)])
@@ -536,7 +511,9 @@ def memory_cell(cell: str, batch: int) -> dict:
 def machine() -> str:
     info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*:\s*(.*)", info.read_text())[1] if info.is_file() else ""
-    return f"{os.cpu_count()} CPUs, {name or platform.machine()}, torch {torch.__version__}"
+    dtype, _ = memory.choose_precision("auto", torch.device("cpu"))
+    return (f"{os.cpu_count()} CPUs, {name or platform.machine()}, {dtype}, torch "
+            f"{torch.__version__}")
 
 
 # all arms
@@ -573,8 +550,9 @@ def expected_seconds(todo: list[str], results: dict) -> float:
     """Of arms that were measured, by what they took; of others, the median of those."""
     took = {}
     for key, found in results.items():
-        took.setdefault(key.partition("/")[0], []).append(found.get("seconds", 0))
-    usual = statistics.median([s for found in took.values() for s in found if s] or [300])
+        if "seconds" in found:
+            took.setdefault(key.partition("/")[0], []).append(found["seconds"])
+    usual = statistics.median([s for found in took.values() for s in found] or [GUESS])
     return sum(statistics.mean(took.get(key.partition("/")[0], [usual])) for key in todo)
 
 
@@ -588,7 +566,7 @@ def run_all(names: list[str], args: argparse.Namespace) -> dict:
     if results.setdefault("setting", setting) != setting:
         raise ValueError(f"{args.out} was made with {results['setting']}, not {setting}; choose "
                          f"another --out and --runs")
-    hours = expected_seconds(todo, {k: v for k, v in results.items() if k != "setting"}) / 3600
+    hours = expected_seconds(todo, results) / 3600
     print(f"{len(todo)} arms to run, {len(keys) - len(todo)} are there: about {hours:.1f} hours, "
           f"and what it takes to filter and mine where that is not done", flush=True)
     result = args.runs / "result.json"
@@ -601,166 +579,15 @@ def run_all(names: list[str], args: argparse.Namespace) -> dict:
     return results
 
 
-# what was seen
-
-def value(found: dict, claim: Claim) -> float:
-    found = found["scores"]
-    for key in claim.score:
-        found = found[key]
-    return found
-
-
-def values(results: dict, claim: Claim, label: str) -> dict[str, float]:
-    """{seed: score} of an arm."""
-    keys = (key.rpartition("/") for key in results)
-    return {seed: value(results[f"{arm}/{seed}"], claim) for arm, _, seed in keys
-            if arm == claim.arms[label]}
-
-
-def verdict(differences: list[float]) -> tuple[str, float]:
-    """Of differences paired by seed, the paper's arm less another: seen, or the opposite, if all
-    have one sign and their mean is more than twice its standard error; and that bound, 2 s.e."""
-    if len(differences) < 2:
-        return "one seed", math.nan
-    mean = statistics.mean(differences)
-    bound = 2 * statistics.stdev(differences) / math.sqrt(len(differences))
-    one_sign = min(differences) > 0 or max(differences) < 0
-    if not one_sign or abs(mean) <= bound:
-        return "not told apart", bound
-    return "seen" if mean > 0 else "the opposite", bound
-
-
-def verdicts(results: dict, claim: Claim) -> dict[str, list[str]]:
-    """{verdict: the arms that the paper's was compared with}."""
-    chosen, found = values(results, claim, claim.choice), {}
-    for label in claim.arms:
-        other = values(results, claim, label)
-        both = [seed for seed in chosen if seed in other]
-        if label == claim.choice or not both:
-            continue
-        sign = -1 if claim.lower else 1
-        word, bound = verdict([sign * (chosen[seed] - other[seed]) for seed in both])
-        if word == "not told apart":
-            label += f" ({bound:.3f} would have been)"
-        found.setdefault(word, []).append(label)
-    return found
-
-
-def in_words(found: dict[str, list[str]], bold: str = "") -> str:
-    joints = {"seen": "against", "not told apart": "from"}
-    return "; ".join(f"{bold}{word}{bold} {joints.get(word, 'against')} {', '.join(labels)}"
-                     for word, labels in found.items())
-
-
-def shown(results: dict, claim: Claim, label: str) -> str:
-    numbers = list(values(results, claim, label).values())
-    text = f"{statistics.mean(numbers):.3f}"
-    if len(numbers) > 1:
-        text += f" ± {statistics.stdev(numbers):.3f}"
-    wrong = [found["wrong"] for key, found in results.items()
-             if key.rpartition("/")[0] == claim.arms[label] and "wrong" in found]
-    return text + (f" ({statistics.mean(wrong):.1%} wrong)" if wrong else "")
-
-
-def there(results: dict) -> dict[str, Claim]:
-    """The claims that have results of two arms, each with those arms."""
-    found = {}
-    for name, claim in CLAIMS.items():
-        arms = {label: arm for label, arm in claim.arms.items() if values(results, claim, label)}
-        if claim.choice in arms and len(arms) > 1:
-            found[name] = claim._replace(arms=arms)
-    return found
-
-
-def table(results: dict) -> str:
-    """Markdown; ± is the standard deviation over the seeds."""
-    rows = ["| the paper says | measured | arms, the paper's in bold | verdict |",
-            "| --- | --- | --- | --- |"]
-    for claim in there(results).values():
-        cells = [f"{f'**{label}**' if label == claim.choice else label}: "
-                 f"{shown(results, claim, label)}" for label in claim.arms]
-        rows.append(f"| {claim.says} | {claim.axis} | {'<br>'.join(cells)} | "
-                    f"{in_words(verdicts(results, claim), '**')} |")
-    if gigabytes := memory_lines(results):
-        head = "".join(f" {batch:,} |" for batch in BATCHES)
-        rows += ["", f"| GB of a step, pairs: |{head}", "| --- |" + " ---: |" * len(BATCHES)]
-        for way, found in gigabytes.items():
-            cells = [f"{gb:.2f}" if was_measured else f"*{gb:,.1f}*" if gb else ""
-                     for gb, was_measured in (found.get(b, (0, False)) for b in BATCHES)]
-            rows.append(f"| {way} | {' | '.join(cells)} |")
-        rows += ["", "In italics: the plan's arithmetic, not tried."]
-    return "\n".join(rows)
-
-
-def memory_lines(results: dict) -> dict[str, dict[int, tuple[float, bool]]]:
-    """{way: {batch: (GB, whether it was measured)}}."""
+def rooms(results: dict) -> dict[str, dict[int, Room]]:
+    """Of memory_cell's results, by way and batch."""
     found = {}
     for way in CELLS:
         for batch in BATCHES:
             if cell := results.get(f"{MEMORY} {way}/{batch}", {}).get("scores"):
-                gigabytes = cell.get("measured", cell["plan"])
-                found.setdefault(way, {})[batch] = gigabytes, "measured" in cell
+                room = Room(cell.get("measured", cell["plan"]), "measured" in cell)
+                found.setdefault(way, {})[batch] = room
     return found
-
-
-# the figure
-
-def draw_figure(results: dict, path: Path) -> None:
-    import matplotlib
-    from matplotlib.figure import Figure
-    claims, gigabytes = there(results), memory_lines(results)
-    count = len(claims) + bool(gigabytes)
-    heights = [len(claim.arms) for claim in claims.values()] + [5] * bool(gigabytes)
-    rows = [max(heights[i : i + 2]) for i in range(0, count, 2)]
-    with matplotlib.rc_context(SVG | {"font.size": 8, "axes.titlesize": 8}):
-        figure = Figure(figsize=(6.25, sum(0.17 * n + 1.05 for n in rows)), layout="constrained")
-        panels = figure.subplots(len(rows), 2, squeeze=False,
-                                 height_ratios=[0.17 * n + 1.05 for n in rows]).flatten()
-        for axes in panels[count:]:
-            axes.set_axis_off()
-        for axes, claim in zip(panels, claims.values()):
-            draw_claim(axes, results, claim)
-        if gigabytes:
-            draw_memory(panels[count - 1], gigabytes)
-        figure.savefig(path, format="svg", metadata={"Date": None})
-
-
-def draw_claim(axes, results: dict, claim: Claim) -> None:
-    """A line an arm: a dot a seed, and a bar at their mean; the paper's in black."""
-    for y, label in enumerate(claim.arms):
-        numbers, paper = list(values(results, claim, label).values()), label == claim.choice
-        colour = "black" if paper else "0.45"
-        axes.scatter(numbers, [y] * len(numbers), s=16, color=colour if paper else "white",
-                     edgecolor=colour, linewidth=0.9, zorder=3)
-        axes.plot([statistics.mean(numbers)] * 2, [y - 0.35, y + 0.35], color=colour, linewidth=1.6)
-    axes.set(ylim=(len(claim.arms) - 0.4, -0.6), yticks=range(len(claim.arms)))
-    for tick, label in zip(axes.set_yticklabels(claim.arms), claim.arms):
-        tick.set_fontweight("bold" if label == claim.choice else "normal")
-    axes.set_xlabel(claim.axis + (" (less is better)" if claim.lower else ""), size=6.5)
-    finish(axes, claim.says, in_words(verdicts(results, claim)))
-
-
-def draw_memory(axes, gigabytes: dict[str, dict]) -> None:
-    """A line a way; hollow: arithmetic."""
-    for (way, found), style in zip(gigabytes.items(), (":", "-.", "--", "-")):
-        y = [gb for gb, _ in found.values()]
-        axes.plot(list(found), y, style, color="black", linewidth=1)
-        axes.scatter(list(found), y, s=12, edgecolor="black", linewidth=0.8, zorder=3,
-                     color=["black" if was_measured else "white" for _, was_measured
-                            in found.values()])
-        axes.annotate(f" {way}", (max(found), y[-1]), (4, 0), textcoords="offset points",
-                      va="center", size=6.5, annotation_clip=False)
-    axes.set(xscale="log", yscale="log")
-    axes.set_xticks(BATCHES, [f"{batch:,}" for batch in BATCHES], size=6.5)
-    axes.minorticks_off()
-    axes.set_xlabel("pairs of a batch; GB (hollow: arithmetic, not tried)", size=6.5)
-    finish(axes, "room for large batches (§5.3)", "each makes more room")
-
-
-def finish(axes, says: str, caption: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    text = "\n".join(textwrap.wrap(says, 46) + textwrap.wrap(caption, 60))
-    axes.set_title(text, loc="left")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -779,7 +606,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--runs", type=Path, default=Path("runs/claims"), metavar="DIR", help="models and rows")
     for flag in ("--arm", "--seed", "--result"):  # of a child
         add(flag, help=argparse.SUPPRESS)
-    add("--train-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.arm:
         way = args.arm.removeprefix(f"{MEMORY} ")
@@ -798,9 +624,9 @@ def main(argv: list[str] | None = None) -> None:
         results = run_all(args.only, args)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"claims: {error}")
-    print(table(results))
+    print(table(results, CLAIMS, rooms(results)))
     if args.figure:
-        draw_figure(results, args.figure)
+        draw_figure(results, CLAIMS, rooms(results), args.figure)
         print(f"{args.figure} is written")
 
 
