@@ -24,7 +24,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
@@ -70,6 +69,15 @@ def from_positives(q: Tensor, p: Tensor, n: None, tau: float, ranks: Ranks
                    ) -> tuple[Tensor, float]:
     """The other half of equation (4)."""
     return losses.info_nce_tiled(p, [q], tau), metrics.in_batch_accuracy(q, p)
+
+
+def own_negatives(q: Tensor, p: Tensor, n: Tensor, tau: float, ranks: Ranks
+                  ) -> tuple[Tensor, float]:
+    """Equation (5), but a query sees its own negatives only, not those of the other rows."""
+    hard = (losses.unit(q)[:, None] * losses.unit(n)).sum(2) / tau  # (B, N)
+    logits = torch.cat([losses.unit(q) @ losses.unit(p).T / tau, hard], 1)
+    loss = F.cross_entropy(logits, torch.arange(len(q))) + losses.info_nce_tiled(p, [q], tau)
+    return loss, metrics.in_batch_accuracy(q, p)
 
 
 class MixedBatches(data.SourceBatches):
@@ -199,6 +207,11 @@ def mined(args: argparse.Namespace) -> Path:
     return mine_from(kept(args), args.runs / "mined", trained("base", 0, args))
 
 
+def mined_by_minilm(args: argparse.Namespace) -> Path:
+    """all-MiniLM-L6-v2 finds the candidates, and the cross-encoder is trained from it."""
+    return mine_from(kept(args), args.runs / "mined-by-minilm", wheels.build_model())
+
+
 def plant(rows: list[data.Row], seed: int) -> list[dict]:
     return [{"query": row.query, "positive": row.positive, "negatives": [reordered(row.positive)]}
             for row in rows]
@@ -214,21 +227,29 @@ def planted(how: str, args: argparse.Namespace) -> Path:
     if how == "random":
         manifest = remake(manifest, args.runs / "planted-similarity",
                           lambda entry: entry | {"kind": "similarity"})
-    replaced = {}
-    if how == "unconfirmed":
-        replaced = {"score": lambda reranker, retriever, ids, indices, cosines:
-                    np.zeros((len(ids), 1 + indices.shape[1]), "f4"),
-                    "confirm": lambda positive, scores, margin: np.arange(len(scores))}
-    with mock.patch.multiple(mine, **replaced):
-        return mine_from(manifest, args.runs / f"planted-{how}", trained("base", 0, args), *given)
+    if how == "unconfirmed":  # in this process, whose only arm this is
+        mine.score, mine.confirm = no_scores, confirm_all
+    return mine_from(manifest, args.runs / f"planted-{how}", trained("base", 0, args), *given)
+
+
+def no_scores(reranker, retriever, ids: np.ndarray, indices: np.ndarray, cosines: np.ndarray
+              ) -> np.ndarray:
+    return np.zeros((len(ids), 1 + indices.shape[1]), "f4")
+
+
+def confirm_all(positive: float, scores: np.ndarray, margin: float) -> np.ndarray:
+    return np.arange(len(scores))
 
 
 def one_source(name: str, kind: str, args: argparse.Namespace) -> Path:
-    """A source of `symptoms` alone, mined as one of this kind is."""
-    folder = args.runs / f"{name}-{kind}"
-    manifest = remake(symptoms(args), folder.with_name(f"{folder.name}-rows"),
-                      lambda entry: entry | {"kind": kind} if entry["name"] == name else None)
-    return mine_from(manifest, folder, trained("symptoms", 0, args))
+    """A source of `symptoms` alone, as one of this kind."""
+    return remake(symptoms(args), args.runs / f"{name}-{kind}",
+                  lambda entry: entry | {"kind": kind} if entry["name"] == name else None)
+
+
+def mined_as(name: str, kind: str, args: argparse.Namespace) -> Path:
+    return mine_from(one_source(name, kind, args), args.runs / f"{name}-{kind}-mined",
+                     trained("symptoms", 0, args))
 
 
 # what is wrong in it, counted
@@ -263,9 +284,14 @@ class Arm(NamedTuple):
     wrong: Callable | None = None
 
 
-def stage_3(sources: Callable, start: str = "base", **fields) -> Arm:
-    return Arm("--stage 3 --lr 3e-4", sources=sources, batch=256, steps=0.5, start=start, wide=True,
-               **fields)
+def stage_3(sources: Callable, start: str = "base", lr: float = 3e-4, **fields) -> Arm:
+    return Arm(f"--stage 3 --lr {lr}", sources=sources, batch=256, steps=0.5, start=start,
+               wide=True, **fields)
+
+
+def go_on(batch: int, start: str = "base") -> Arm:
+    """More of stage II."""
+    return Arm("--lr 3e-4", sources=kept, batch=batch, steps=0.5, start=start, wide=True)
 
 
 TERMS, DEFINITIONS = "hpo_synonym_term", "hpo_synonym_definition"
@@ -280,13 +306,20 @@ ARMS = {
     "without-titles": Arm(sources=without_titles),
     "swapped": Arm(sources=swapped, wide=True, wrong=swapped_share),
     "filtered": Arm(sources=filtered, wide=True, wrong=swapped_share),
-    "more-steps": Arm("--lr 3e-4", sources=kept, batch=256, steps=0.5, start="base", wide=True),
-    "more-texts": Arm("--lr 3e-4", sources=kept, batch=2176, steps=0.5, start="base", wide=True),
+    "more-steps": go_on(256),
+    "more-texts": go_on(2176),  # 256 rows of stage III have as many
     "stage-3": stage_3(mined),
+    "stage-3-minilm": stage_3(mined_by_minilm),
+    "stage-3-own": stage_3(mined, replace=[(train, "step_loss", own_negatives)]),
+    **{f"stage-3-{lr}": stage_3(mined, lr=lr) for lr in (1e-4, 1e-3)},
+    "long": Arm(steps=4, wide=True),
+    "long-more-texts": go_on(2176, "long"),
+    "long-stage-3": stage_3(mined, "long"),
     **{f"planted-{how}": stage_3(partial(planted, how), wrong=false_negatives)
        for how in ("random", "unconfirmed", "confirmed")},
     "symptoms": Arm(sources=symptoms, corpus=symptoms, wide=True),
-    **{f"{name}-{kind}": stage_3(partial(one_source, name, kind), "symptoms", corpus=symptoms)
+    **{f"{name}-{kind}": stage_3(partial(mined_as, name, kind), "symptoms",
+                                 corpus=partial(one_source, name, kind))
        for name in (TERMS, DEFINITIONS) for kind in ("similarity", "retrieval")},
     "repeated": Arm(replace=[(data, "SourceBatches", RepeatingBatches)], sources=symptoms,
                     corpus=symptoms, wide=True),
@@ -299,14 +332,17 @@ NDCG = ("ndcg@10", "mean"), "nDCG@10 among held-out and 30,000 other targets"
 BACK = ("back", "ndcg@10", "mean"), "nDCG@10 of queries, among held-out and 30,000 others"
 NEARER = ("other source", "mean"), "share of queries to which another source's text is nearer"
 ALL = ("all", "ndcg@10", "mean"), "nDCG@10 among all targets"
+ALONE = ("held-out", "mean"), "nDCG@10 among held-out targets alone"
 CLUSTERS = ("v_measure",), "V-measure of docstrings by package"
 MEMORY = "memory"  # a claim of its own kind: nothing is trained
 
 DIRECTIONS = {"(3), queries": "from-queries", "(3), positives": "from-positives", "(4)": "base"}
+STAGE_3 = {"stage II": "base", "as many more steps": "more-steps",
+           "as many more texts": "more-texts", "stage III": "stage-3"}
 BY_SOURCE = {"mixed": "mixed", "one source": "base"}
 
 
-def mined_as(name: str) -> dict[str, str]:
+def by_kind(name: str) -> dict[str, str]:
     return {"random": f"{name}-similarity", "mined, confirmed": f"{name}-retrieval"}
 
 
@@ -325,16 +361,26 @@ CLAIMS = {
         "without": "without-titles", "with": "base"}, *CLUSTERS),
     "filtering": Claim("consistency filtering", "20 % wrong, filtered", {
         "as it is": "base", "20 % wrong": "swapped", "20 % wrong, filtered": "filtered"}, *ALL),
-    "stage-3": Claim("stage III lifts ranking", "stage III", {
-        "stage II": "base", "as many more steps": "more-steps", "as many more texts": "more-texts",
-        "stage III": "stage-3"}, *ALL),
+    "stage-3": Claim("stage III lifts ranking", "stage III", STAGE_3, *ALL),
     "hard": Claim("hard negatives, confirmed by a cross-encoder", "mined, confirmed", {
         "random": "planted-random", "mined": "planted-unconfirmed",
         "mined, confirmed": "planted-confirmed"}, *ALL),
     "similarity": Claim("random negatives where data is not for retrieval", "random",
-                        mined_as(TERMS), ("all", "ndcg@10", TERMS), "nDCG@10, synonym to term"),
-    "retrieval": Claim("hard ones where it is", "mined, confirmed", mined_as(DEFINITIONS),
-                       ("all", "ndcg@10", DEFINITIONS), "nDCG@10, synonym to definition"),
+                        by_kind(TERMS), ALL[0], "nDCG@10, synonym to term"),
+    "retrieval": Claim("hard ones where it is", "mined, confirmed", by_kind(DEFINITIONS),
+                       ALL[0], "nDCG@10, synonym to definition"),
+    "stage-3-metric": Claim("(a) among held-out targets alone", "stage III", STAGE_3, *ALONE,
+                            optional=True),
+    "stage-3-teacher": Claim("(b) mined by all-MiniLM-L6-v2", "by MiniLM", {
+        **STAGE_3, "by MiniLM": "stage-3-minilm"}, *ALL, optional=True),
+    "stage-3-student": Claim("(c) after 160 steps of stage II", "stage III", {
+        "stage II": "long", "as many more texts": "long-more-texts", "stage III": "long-stage-3"},
+        *ALL, optional=True),
+    "stage-3-schedule": Claim("(d) the learning rate of stage III", "3e-4", {
+        "1e-4": "stage-3-0.0001", "3e-4": "stage-3", "1e-3": "stage-3-0.001"}, *ALL,
+        optional=True),
+    "stage-3-negatives": Claim("(e) all negatives of the batch", "all", {
+        "own": "stage-3-own", "all": "stage-3"}, *ALL, optional=True),
     "batch-size-steps": Claim("larger batches, in as many steps", "4,096", {
         "64": "steps-64", "256": "steps-256", "1,024": "base", "4,096": "steps-4096"}, *NDCG,
         optional=True),
@@ -393,6 +439,7 @@ def among(vectors: Callable, sources: list[data.Source], rows: dict[str, np.ndar
         q = vectors([row.query for row in source.held_out])
         t = vectors([row.positive for row in source.held_out])
         found[source.name] = measure(metrics.positions(q, torch.cat([t, everything])))
+        found[source.name]["held-out"] = metrics.ndcg_at_10(metrics.positions(q, t))
         if len(sources) > 1:
             others = torch.cat([x for name, x in targets.items() if name != source.name])
             nearest = torch.cat([(part @ others.T).amax(1) for part in q.split(64)])
@@ -447,7 +494,7 @@ def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
     """The model of an arm, trained first if it is not there."""
     run = args.runs / f"{name}-{seed}"
     if not (run / "model").is_dir():
-        child(args, "--arm", name, "--seed", seed)
+        child(args, name, seed)
     return run / "model"
 
 
@@ -464,7 +511,7 @@ def run_arm(name: str, seed: int, args: argparse.Namespace) -> dict:
     found = {"scores": scores(run, arm, args)}
     if arm.wrong:
         found["wrong"] = round(arm.wrong(manifest), 4)
-    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
     if name not in STARTS:
         shutil.rmtree(run)
     return found | {"seconds": round(time.perf_counter() - began), "machine": machine()}
@@ -472,8 +519,9 @@ def run_arm(name: str, seed: int, args: argparse.Namespace) -> dict:
 
 def train_arm(arm: Arm, run: Path, steps: int, flags: list, args: argparse.Namespace) -> None:
     corpus = data.load_sources(arm.corpus(args))
-    tokenizer = data.train_tokenizer(corpus, train.VOCABULARY)
-    data.train_tokenizer = lambda *_: tokenizer  # of the corpus, whatever the arm makes of it
+    train_tokenizer = data.train_tokenizer
+    # of the corpus, whatever the arm makes of it
+    data.train_tokenizer = lambda _, size: train_tokenizer(corpus, size)
     metrics.held_out_retrieval = lambda *_: {"mean": {}, "sources": {}}  # `scores` does that
     MixedBatches.ahead = steps
     for module, name, replacement in arm.replace:
@@ -518,17 +566,20 @@ def machine() -> str:
 
 # all arms
 
-def child(args: argparse.Namespace, *flags: object) -> None:
-    """This file again, in a process of its own; its output is kept in a log. Raises RuntimeError
-    with the log's last line."""
-    shared = ["--runs", args.runs, "--steps", args.steps, "--distractors", args.distractors]
-    command = [sys.executable, "-m", "experiments.claims", *map(str, [*shared, *flags])]
+def child(args: argparse.Namespace, name: str, seed: int | str) -> dict:
+    """An arm in a process of its own -> its result, the last line of its log. Raises RuntimeError
+    with that line where it fails."""
+    command = [sys.executable, "-m", "experiments.claims", "--arm", name, "--seed", str(seed),
+               "--runs", str(args.runs), "--steps", str(args.steps),
+               "--distractors", str(args.distractors)]
     args.runs.mkdir(parents=True, exist_ok=True)
-    log = args.runs / f"{'-'.join(map(str, flags)).replace('--', '')}.log"
+    log = args.runs / f"{name}-{seed}.log"
     with log.open("w") as file:
-        if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode:
-            last = log.read_text().strip().splitlines()[-1:]
-            raise RuntimeError(f"{log}: {' '.join(last)}; the same command goes on from here")
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    last = (log.read_text().splitlines() or [""])[-1]
+    if status:
+        raise RuntimeError(f"{log}: {last}; the same command goes on from here")
+    return json.loads(last)
 
 
 def write_results(path: Path, results: dict) -> None:
@@ -569,12 +620,10 @@ def run_all(names: list[str], args: argparse.Namespace) -> dict:
     hours = expected_seconds(todo, results) / 3600
     print(f"{len(todo)} arms to run, {len(keys) - len(todo)} are there: about {hours:.1f} hours, "
           f"and what it takes to filter and mine where that is not done", flush=True)
-    result = args.runs / "result.json"
     for key in (bar := tqdm(todo, unit="arm")):
         name, _, number = key.rpartition("/")
         bar.set_postfix_str(key)
-        child(args, "--arm", name, "--seed", number, "--result", result)
-        results[key] = json.loads(result.read_text())
+        results[key] = child(args, name, number)
         write_results(args.out, results)
     return results
 
@@ -604,16 +653,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--distractors", type=int, default=30_000, help="targets to search among, besides")
     add("--out", type=Path, default=Path("experiments/claims.json"), metavar="FILE")
     add("--runs", type=Path, default=Path("runs/claims"), metavar="DIR", help="models and rows")
-    for flag in ("--arm", "--seed", "--result"):  # of a child
-        add(flag, help=argparse.SUPPRESS)
+    add("--arm", help=argparse.SUPPRESS)  # of a child
+    add("--seed", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.arm:
         way = args.arm.removeprefix(f"{MEMORY} ")
-        found = memory_cell(way, int(args.seed)) if way in CELLS else run_arm(
-            args.arm, int(args.seed), args)
-        if args.result:
-            Path(args.result).write_text(json.dumps(found))
-        return
+        found = memory_cell(way, args.seed) if way in CELLS else run_arm(args.arm, args.seed, args)
+        return print(f"\n{json.dumps(found)}", flush=True)
     if args.figure:
         try:
             import matplotlib  # noqa: F401

@@ -45,6 +45,19 @@ def test_from_positives_is_equation_3_with_positives_as_anchors():
     assert loss.item() == pytest.approx((2 * math.log(e2 + 2) + math.log(2 * e2 + 1) - 4) / 3)
 
 
+def test_own_negatives_are_those_that_a_query_sees():
+    """tau = 1, each row with one negative, its own positive again: so of q_0 and q_1 the sum has
+    another e, and of q_2, whose own counts 1, another 1; the other direction is as above.
+
+        q_0: ln(2 e + 2) - 1    q_1: ln(3 e + 1) - 1    q_2: ln(e + 3)
+    """
+    loss, _ = claims.own_negatives(Q, P, P[:, None], 1.0, None)
+    back, _ = claims.from_positives(Q, P, None, 1.0, None)
+    e = math.e
+    there = (math.log(2 * e + 2) + math.log(3 * e + 1) + math.log(e + 3) - 2) / 3
+    assert loss.item() - back.item() == pytest.approx(there)
+
+
 @pytest.fixture
 def corpus(tmp_path):
     """Opens sources of these [query, positive] rows; fewer than 20 targets hold nothing out."""
@@ -183,9 +196,9 @@ def test_what_is_there_is_not_run_again(monkeypatch, tmp_path, capsys):
     setting = {"steps": 40, "distractors": 30_000, "corpus": "corpus"}
     claims.write_results(out, {"setting": setting, "base/0": result(0.5), "cls/7": result(0.5)})
 
-    def child(args, _, arm, __, seed, *rest):
+    def child(args, arm, seed):
         ran.append(f"{arm}/{seed}")
-        (tmp_path / "result.json").write_text(json.dumps(result(0.25)))
+        return result(0.25)
 
     monkeypatch.setattr(claims, "child", child)
     monkeypatch.setattr(claims, "docs", lambda args: tmp_path / "corpus" / "manifest.json")
