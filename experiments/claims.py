@@ -670,9 +670,11 @@ def main(argv: list[str] | None = None) -> None:
         results = run_all(args.only, args)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"claims: {error}")
-    print(table(results, CLAIMS, rooms(results)))
+    seen = results, [CLAIMS[name] for name in args.only if name != MEMORY], (
+        rooms(results) if MEMORY in args.only else {})
+    print(table(*seen))
     if args.figure:
-        draw_figure(results, CLAIMS, rooms(results), args.figure)
+        draw_figure(*seen, args.figure)
         print(f"{args.figure} is written")
 
 

@@ -89,17 +89,17 @@ def shown(results: dict, claim: Claim, label: str) -> str:
     return text + (f" ({statistics.mean(wrong):.1%} wrong)" if wrong else "")
 
 
-def with_results(results: dict, claims: dict[str, Claim]) -> list[Claim]:
+def with_results(results: dict, claims: list[Claim]) -> list[Claim]:
     """Those that have results of the paper's arm and another, with the arms that have some."""
     found = []
-    for claim in claims.values():
+    for claim in claims:
         arms = {label: arm for label, arm in claim.arms.items() if values(results, claim, label)}
         if claim.choice in arms and len(arms) > 1:
             found.append(claim._replace(arms=arms))
     return found
 
 
-def table(results: dict, claims: dict[str, Claim], rooms: Rooms) -> str:
+def table(results: dict, claims: list[Claim], rooms: Rooms) -> str:
     """Markdown."""
     rows = ["| the paper says | measured | arms, the paper's in bold: mean ± deviation | verdict |",
             "| --- | --- | --- | --- |"]
@@ -122,7 +122,7 @@ def table(results: dict, claims: dict[str, Claim], rooms: Rooms) -> str:
 
 # the figure
 
-def draw(results: dict, claims: dict[str, Claim], rooms: Rooms, path: Path) -> None:
+def draw(results: dict, claims: list[Claim], rooms: Rooms, path: Path) -> None:
     """An SVG, 600 pixels wide: a panel a claim."""
     import matplotlib
     from matplotlib.figure import Figure
