@@ -330,7 +330,7 @@ STARTS = {arm.start for arm in ARMS.values()} | {"swapped"}  # their models are 
 
 NDCG = ("ndcg@10", "mean"), "nDCG@10 among held-out and 30,000 other targets"
 BACK = ("back", "ndcg@10", "mean"), "nDCG@10 of queries, among held-out and 30,000 others"
-NEARER = ("other source", "mean"), "share of queries to which another source's text is nearer"
+NEARER = ("other source", "mean"), "queries nearer to another source's text"
 ALL = ("all", "ndcg@10", "mean"), "nDCG@10 among all targets"
 ALONE = ("held-out", "mean"), "nDCG@10 among held-out targets alone"
 CLUSTERS = ("v_measure",), "V-measure of docstrings by package"
@@ -359,8 +359,9 @@ CLAIMS = {
         "64": "batch-64", "256": "batch-256", "1,024": "base", "4,096": "batch-4096"}, *NDCG),
     "title-abstract": Claim("title-abstract pairs help clustering", "with", {
         "without": "without-titles", "with": "base"}, *CLUSTERS),
-    "filtering": Claim("consistency filtering", "20 % wrong, filtered", {
-        "as it is": "base", "20 % wrong": "swapped", "20 % wrong, filtered": "filtered"}, *ALL),
+    "filtering": Claim("consistency filtering", "then filtered", {
+        "as it is": "base", "20 % wrong": "swapped", "then filtered": "filtered"}, *ALL,
+        aside="as it is"),
     "stage-3": Claim("stage III lifts ranking", "stage III", STAGE_3, *ALL),
     "hard": Claim("hard negatives, confirmed by a cross-encoder", "mined, confirmed", {
         "random": "planted-random", "mined": "planted-unconfirmed",
@@ -392,8 +393,8 @@ CLAIMS = {
 }
 CELLS = {  # §5.3: flags of train.py
     "fp32": "--precision fp32 --memory 1000", "bf16": "--precision bf16 --memory 1000",
-    "and checkpointed layers": "--precision bf16 --memory 1000 --checkpoint-layers",
-    "and two passes": "--precision bf16 --memory 0.1 --checkpoint-layers"}
+    "bf16, checkpointed layers": "--precision bf16 --memory 1000 --checkpoint-layers",
+    "the same, in two passes": "--precision bf16 --memory 0.1 --checkpoint-layers"}
 BATCHES = 256, 1024, 4096, 16384, 65536
 MEASURED = 4096  # rows of a batch that are tried, where they fit; beyond, the plan's arithmetic
 

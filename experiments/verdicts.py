@@ -6,6 +6,7 @@ A verdict is of differences paired by seed. Nothing here knows what an arm is.
 import math
 import statistics
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from experiments.curves import SVG
 
 class Claim(NamedTuple):
     """says: what the paper says. choice: the label of its arm. arms: {label: arm}. score: where in
-    an arm's scores. axis: what that measures. lower: less is better. optional: only if named."""
+    an arm's scores. axis: what that measures. lower: less is better. aside: an arm that is shown
+    and not compared. optional: only if named."""
 
     says: str
     choice: str
@@ -22,6 +24,7 @@ class Claim(NamedTuple):
     score: tuple
     axis: str
     lower: bool = False
+    aside: str = ""
     optional: bool = False
 
 
@@ -61,19 +64,21 @@ def verdict(differences: list[float]) -> tuple[str, float]:
     return "seen" if mean > 0 else "the opposite", bound
 
 
-def in_words(results: dict, claim: Claim, bold: str = "") -> str:
-    """A claim's verdicts, each with the arms that the paper's was compared with."""
+def in_words(results: dict, claim: Claim, whole: bool = False) -> str:
+    """A claim's verdicts, each with the arms that the paper's was compared with. whole: in
+    Markdown, and with the smallest mean difference that would have been seen."""
     chosen, found = values(results, claim, claim.choice), {}
     sign = -1 if claim.lower else 1
     for label in claim.arms:
         other = values(results, claim, label)
         both = chosen.keys() & other.keys()
-        if label != claim.choice and both:
+        if label not in (claim.choice, claim.aside) and both:
             word, bound = verdict([sign * (chosen[seed] - other[seed]) for seed in both])
-            if word == "not told apart":
+            if whole and word == "not told apart":
                 label += f" ({bound:.3f} would have been)"
             found.setdefault(word, []).append(label)
-    return "; ".join(f"{bold}{word}{bold} {'from' if word == 'not told apart' else 'against'} "
+    mark = "**" if whole else ""
+    return "; ".join(f"{mark}{word}{mark} {'from' if word == 'not told apart' else 'against'} "
                      f"{', '.join(labels)}" for word, labels in found.items())
 
 
@@ -107,7 +112,7 @@ def table(results: dict, claims: list[Claim], rooms: Rooms) -> str:
         arms = [f"{f'**{label}**' if label == claim.choice else label}: "
                 f"{shown(results, claim, label)}" for label in claim.arms]
         rows.append(f"| {claim.says} | {claim.axis} | {'<br>'.join(arms)} | "
-                    f"{in_words(results, claim, '**')} |")
+                    f"{in_words(results, claim, whole=True)} |")
     if rooms:
         batches = sorted(set().union(*rooms.values()))
         rows += ["", f"| GB of a step, pairs | {' | '.join(f'{batch:,}' for batch in batches)} |",
@@ -122,39 +127,60 @@ def table(results: dict, claims: list[Claim], rooms: Rooms) -> str:
 
 # the figure
 
+# inches
+WIDTH, LABELS, AXES = 6.25, 1.2, 1.75  # of it; in a half of it, of the arms' names and of the axes
+LINE, ARM, BELOW, ROOMS = 0.14, 0.19, 0.45, 1.4  # heights
+
+
 def draw(results: dict, claims: list[Claim], rooms: Rooms, path: Path) -> None:
-    """An SVG, 600 pixels wide: a panel a claim."""
+    """An SVG, 600 pixels wide: a panel a claim, two beside each other."""
     import matplotlib
     from matplotlib.figure import Figure
-    found = with_results(results, claims)
-    arms = [len(claim.arms) for claim in found] + [6] * bool(rooms)
-    heights = [1.05 + 0.17 * max(arms[i : i + 2]) for i in range(0, len(arms), 2)]
-    with matplotlib.rc_context(SVG | {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 6.5,
-                                      "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(6.25, sum(heights)), layout="constrained", facecolor="white")
-        panels = figure.subplots(len(heights), 2, squeeze=False, height_ratios=heights).flatten()
-        for axes, claim in zip(panels, found):
-            draw_claim(axes, results, claim)
-        if rooms:
-            draw_rooms(panels[len(found)], rooms)
-        for axes in panels[len(arms) :]:
-            axes.set_axis_off()
+    panels = [(ARM * len(claim.arms), textwrap.wrap(claim.says, 48), in_words(results, claim),
+               partial(draw_claim, results=results, claim=claim))
+              for claim in with_results(results, claims)]
+    if rooms:
+        panels.append((ROOMS, ["room for large batches"], "hollow: by arithmetic, not tried",
+                       partial(draw_rooms, rooms=rooms)))
+    panels = [(height, says, textwrap.wrap(caption, 54), draw_axes)
+              for height, says, caption, draw_axes in panels]
+    pairs = [panels[i : i + 2] for i in range(0, len(panels), 2)]
+    heads = [LINE * (1 + max(len(says + caption) for _, says, caption, _ in pair))
+             for pair in pairs]
+    heights = [max(height for height, *_ in pair) for pair in pairs]
+    whole = sum(heads) + sum(heights) + BELOW * len(pairs)
+    with matplotlib.rc_context(SVG | {
+            "font.size": 7.5, "axes.labelsize": 6.5, "xtick.labelsize": 6.5, "ytick.left": False,
+            "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(WIDTH, whole), facecolor="white")
+        y = 0
+        for pair, head, row in zip(pairs, heads, heights):
+            for column, (height, says, caption, draw_axes) in enumerate(pair):
+                x = column * WIDTH / 2
+                axes = figure.add_axes(((x + LABELS) / WIDTH, 1 - (y + head + height) / whole,
+                                        AXES / WIDTH, height / whole))
+                draw_axes(axes)
+                for i, line in enumerate(says + caption):
+                    figure.text((x + 0.1) / WIDTH, 1 - (y + LINE * (i + 1)) / whole, line,
+                                weight="bold" if i < len(says) else "normal")
+            y += head + row + BELOW
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def draw_claim(axes, results: dict, claim: Claim) -> None:
-    """A line an arm: a dot a seed and a bar at their mean, the paper's in black."""
-    for y, label in enumerate(claim.arms):
-        numbers, paper = list(values(results, claim, label).values()), label == claim.choice
-        colour = "black" if paper else "0.45"
-        axes.scatter(numbers, [y] * len(numbers), s=16, color=colour if paper else "white",
-                     edgecolor=colour, linewidth=0.9, zorder=3)
-        axes.plot([statistics.mean(numbers)] * 2, [y - 0.35, y + 0.35], color=colour, linewidth=1.6)
-    axes.set(ylim=(len(claim.arms) - 0.4, -0.6), yticks=range(len(claim.arms)),
-             xlabel=claim.axis + (" (less is better)" if claim.lower else ""))
-    for tick, label in zip(axes.set_yticklabels(claim.arms), claim.arms):
-        tick.set_fontweight("bold" if label == claim.choice else "normal")
-    set_title(axes, claim.says, in_words(results, claim))
+    """A line an arm: a dot a seed and a bar at their mean; the dots of the paper's are black."""
+    labels = list(claim.arms)
+    numbers = [list(values(results, claim, label).values()) for label in labels]
+    x, y, colours = zip(*((x, y, "black" if labels[y] == claim.choice else "white")
+                          for y, row in enumerate(numbers) for x in row))
+    axes.scatter(x, y, s=16, color=colours, edgecolor="black", linewidth=0.8, zorder=3)
+    for y, row in enumerate(numbers):
+        axes.vlines(statistics.mean(row), y - 0.35, y + 0.35, color="black", linewidth=1.6)
+    axes.set(ylim=(len(labels) - 0.4, -0.6), yticks=range(len(labels)))
+    axes.set_xlabel(claim.axis + (" (less is better)" if claim.lower else ""), loc="right")
+    for tick in axes.set_yticklabels(labels):
+        tick.set_fontweight("bold" if tick.get_text() == claim.choice else "normal")
+    axes.xaxis.get_major_locator().set_params(nbins=4)
 
 
 def draw_rooms(axes, rooms: Rooms) -> None:
@@ -164,13 +190,10 @@ def draw_rooms(axes, rooms: Rooms) -> None:
         axes.plot(list(found), gigabytes, style, color="black", linewidth=1, label=way)
         axes.scatter(list(found), gigabytes, s=12, edgecolor="black", linewidth=0.8, zorder=3,
                      color=["black" if room.measured else "white" for room in found.values()])
-    axes.set(xscale="log", yscale="log", xlabel="pairs in a batch", ylabel="GB")
     batches = list(next(iter(rooms.values())))
-    axes.set_xticks(batches, [f"{batch:,}" for batch in batches], size=6.5)
+    most = max(room.gigabytes for found in rooms.values() for room in found.values())
+    axes.set(xscale="log", yscale="log", xlabel="pairs in a batch", ylabel="GB of a step")
+    axes.set_ylim(top=20 * most)  # room for the legend
+    axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
     axes.minorticks_off()
-    axes.legend(fontsize=6, frameon=False)
-    set_title(axes, "room for large batches", "hollow: by arithmetic, not tried")
-
-
-def set_title(axes, says: str, caption: str) -> None:
-    axes.set_title("\n".join(textwrap.wrap(says, 46) + textwrap.wrap(caption, 54)), loc="left")
+    axes.legend(fontsize=6, frameon=False, loc="upper left", borderpad=0)
