@@ -56,12 +56,12 @@ class Source:
         self.train = np.arange(len(self.index))  # ids of the rows to train on
 
     def read(self, row_id: int) -> Row:
-        offset, item, *_ = self.index[row_id].tolist()
-        return self.lines.read(offset, item)._replace(id=int(row_id))
+        offset, item, *_, crc = self.index[row_id].tolist()
+        return self.lines.read(offset, item, crc)._replace(id=int(row_id))
 
     def hashes(self, row_id: int) -> tuple[int, int, list[int]]:
         """The query's, the positive's, and those of the negatives."""
-        _, _, count, first, query, positive = self.index[row_id].tolist()
+        _, _, count, first, query, positive, _ = self.index[row_id].tolist()
         return query, positive, self.negative_hashes[first : first + count].tolist()
 
     def usable(self, row_ids: np.ndarray) -> int:
@@ -74,7 +74,7 @@ def load_sources(manifest: Path | str) -> list[Source]:
     """Opens the sources of a manifest (corpora/manifest.py), and holds out what is evaluated on.
     Indices go into `.cache` beside it. Raises OSError or ValueError, one line each."""
     manifest = Path(manifest)
-    cache = manifest.parent / ".cache" / "v2"
+    cache = manifest.parent / ".cache" / "v3"
     sweep(cache)
     sources = [Source(**entry, cache=cache) for entry in read_manifest(manifest)]
     hold_out(sources)

@@ -12,14 +12,16 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Container, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import BinaryIO
 
 from corpora.formats import ARRAY, Columns, Row, UnexplainedField, records, shown, text_of
 
 KINDS = ".jsonl", ".parquet", ".csv", ".tsv"  # of shards in a folder; .jsonl, .csv, .tsv also .gz
 SPLITS = re.compile(r"(?<![a-z])(train|test|dev|validation|val)(?![a-z])")
 BATCH = 1024  # rows of a Parquet file
+LONGEST_LINE = 1 << 26  # bytes; a file of one line must not become as much memory
 LONGEST_CELL = 1 << 24  # characters of a CSV file; more is a quote that was not closed
 SAMPLE = 1000  # rows in which the values of a field are looked up, for a message
 NO_PAIR = object()  # in place of a value: a judgement that makes no row
@@ -134,13 +136,24 @@ def json_object(pairs: list[tuple[str, object]]) -> dict:
 DECODER = json.JSONDecoder(object_pairs_hook=json_object)
 
 
+def lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Raises OSError for a line that memory should not hold."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise OSError(f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MB; write one "
+                          f"value a line, and a row's texts over several rows")
+        yield line
+
+
 def read_lines(path: Path) -> Values:
     """Of a .jsonl or .jsonl.gz file, for each line that is not empty. Raises ValueError naming file
     and line."""
     offset, number = 0, 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(lines_of(file, path), 1):
                 text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if text.strip():
                     yield number, offset, DECODER.decode(text.decode())
@@ -161,8 +174,9 @@ def read_csv(path: Path) -> Values:
     number = 1
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            first = file.readline().removeprefix(codecs.BOM_UTF8)
-            lines = (line.decode() for part in ([first], file) for line in part)
+            raw = lines_of(file, path)
+            first = next(raw, b"").removeprefix(codecs.BOM_UTF8)
+            lines = (line.decode() for line in chain([first], raw))
             rows = csv.reader(lines, delimiter="\t" if kind(path) == ".tsv" else ",", strict=True)
             header = next(rows, [])
             if len(header) == 1:

@@ -5,10 +5,12 @@ a text is read when it is asked for. Nothing here knows what rows are for.
 """
 
 import json
+import os
 from hashlib import blake2b
 from pathlib import Path
 from struct import Struct
 from typing import BinaryIO, NamedTuple
+from zlib import crc32
 
 import numpy as np
 
@@ -18,29 +20,51 @@ from plumbing.files import open_cache
 
 HASH = np.dtype("<u8")
 # offset: the byte at which its line begins; item: which of the line's rows it is; negatives: how
-# many it has, whose hashes are in a second array, from first_negative on; query, positive: hashes.
-# A change here, or in what `records` makes of a line, wants another VERSION.
-VERSION = 3
+# many it has, whose hashes are in a second array, from first_negative on; query, positive: hashes;
+# crc: of the line's bytes. A change here, or in what `records` makes of a line, wants another
+# .cache/v3.
 INDEX_ROW = np.dtype([("offset", "<u8"), ("item", "<u4"), ("negatives", "<u4"),
-                      ("first_negative", "<u8"), ("query", HASH), ("positive", HASH)])
-PACKED = Struct("<QIIQQQ")  # the same
+                      ("first_negative", "<u8"), ("query", HASH), ("positive", HASH),
+                      ("crc", "<u4")])
+PACKED = Struct("<QIIQQQI")  # the same
 LARGE = 1 << 27  # bytes: takes so long to read that it is said
+MANY = 100  # rows of a line: it takes so long to parse that the last such line is kept
 
 
-class Lines(NamedTuple):
-    file: BinaryIO  # unpacked
-    columns: Columns
+class Lines:
+    """The rows of a file, unpacked. directory: of its index."""
 
-    def read(self, offset: int, item: int) -> Row:
-        self.file.seek(offset)
-        return records(json.loads(self.file.readline()), self.columns)[item]
+    def __init__(self, file: BinaryIO, columns: Columns, directory: Path):
+        self.file, self.columns, self.directory = file, columns, directory
+        self.kept = {}  # {offset: the rows of a line with MANY}
+
+    def read(self, offset: int, item: int, crc: int) -> Row:
+        """Raises ValueError where the line is no longer the one that was indexed."""
+        rows = self.kept.get(offset)
+        if rows is None:
+            self.file.seek(offset)
+            line = self.file.readline()
+            if crc32(line) != crc:
+                raise ValueError(f"{self.file.name}, line {self.number(offset)}: is not what was "
+                                 f"indexed; put the file back as it was, or remove "
+                                 f"{self.directory} and begin anew")
+            rows = records(json.loads(line), self.columns)
+            if len(rows) > MANY:
+                self.kept = {offset: rows}
+        return rows[item]
+
+    def number(self, offset: int) -> int:
+        """Of the line that begins there, from 1 on."""
+        self.file.seek(0)
+        parts = (self.file.read(min(LARGE, offset - at)) for at in range(0, offset, LARGE))
+        return 1 + sum(part.count(b"\n") for part in parts)
 
 
 class Index(NamedTuple):
     rows: np.ndarray  # of INDEX_ROW
     negative_hashes: np.ndarray
     lines: Lines
-    fingerprint: str  # of all hashes and offsets
+    fingerprint: str  # of all hashes, offsets and checksums
 
 
 def open_index(name: str, path: Path, columns: Columns, cache: Path) -> Index:
@@ -54,7 +78,7 @@ def open_index(name: str, path: Path, columns: Columns, cache: Path) -> Index:
         raise FileNotFoundError(f"source {name}: {error}") from None
     # a changed file is a new one
     files = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    version = hexdigest(repr((VERSION, files, columns)).encode())
+    version = hexdigest(repr((files, columns)).encode())
     directory = cache / f"{Path(files[0][0]).name.split('.')[0]}-{version}"
     plain = is_plain(path)
     if not directory.is_dir():
@@ -66,7 +90,7 @@ def open_index(name: str, path: Path, columns: Columns, cache: Path) -> Index:
         raise ValueError(f"source {name}: {path} holds no pair{why_none(path, columns)}")
     negative_hashes = open_array(directory / "negatives", HASH)
     file = open(path if plain else directory / "unpacked.jsonl", "rb")
-    lines = Lines(file, columns if plain else Columns())
+    lines = Lines(file, columns if plain else Columns(), directory)
     return Index(rows, negative_hashes, lines, hexdigest(rows, negative_hashes))
 
 
@@ -90,17 +114,22 @@ def write_index(name: str, path: Path, columns: Columns, directory: Path) -> Non
 
     plain = is_plain(path)
     with (open(directory / "rows", "wb") as index, open(directory / "negatives", "wb") as negatives,
-          open(directory / "unpacked.jsonl", "wb") as unpacked):
+          open(directory / "unpacked.jsonl", "wb") as unpacked,
+          open(path if plain else os.devnull, "rb") as source):
         for offset, rows in read(path, parse):
             lines += 1
             without += not rows
-            if rows and not plain:
-                offset = unpacked.tell()
-                unpacked.write(line_of(rows))
+            if plain:
+                source.seek(offset)
+                line = source.readline()
+            elif rows:
+                offset, line = unpacked.tell(), line_of(rows)
+                unpacked.write(line)
+            crc = crc32(line) if rows else 0
             for item, row in enumerate(rows):
                 hashes = [text_hash(text) for text in row.negatives]
                 index.write(PACKED.pack(offset, item, len(hashes), first,
-                                        text_hash(row.query), text_hash(row.positive)))
+                                        text_hash(row.query), text_hash(row.positive), crc))
                 negatives.write(np.array(hashes, HASH).tobytes())
                 first += len(hashes)
                 same += row.query == row.positive

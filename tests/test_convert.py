@@ -84,7 +84,7 @@ def test_a_broken_table_leaves_nothing_behind(tmp_path):
     refusal(open_source, tmp_path, "a.csv")
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(CSV.encode())[:-20])
     assert "a.csv.gz, after line " in refusal(open_source, tmp_path, "a.csv.gz")
-    assert not list((tmp_path / ".cache").glob("v2/*"))
+    assert not list((tmp_path / ".cache").glob("v3/*"))
 
 
 def test_where_compares_a_cell_by_its_text(tmp_path):
@@ -125,7 +125,7 @@ def test_a_bad_row_of_a_parquet_file_is_refused_by_its_number(tmp_path):
         open_source, tmp_path, "b.parquet", ignore="score")
     write(tmp_path / "c.parquet", b"query,answer\nq,a\n")
     assert "c.parquet, after row 0: no Parquet" in refusal(open_source, tmp_path, "c.parquet")
-    assert not list((tmp_path / ".cache").glob("v2/*"))
+    assert not list((tmp_path / ".cache").glob("v3/*"))
 
 
 def test_without_pyarrow_the_message_says_how_to_get_it(tmp_path, monkeypatch):
@@ -259,13 +259,13 @@ def test_a_file_is_converted_once_and_anew_when_one_of_its_files_changed(
     beir(tmp_path / "b")
     open_source(tmp_path, name)
     assert capsys.readouterr().out.count("indexing") == 1
-    before = set((tmp_path / ".cache" / "v2").iterdir())
+    before = set((tmp_path / ".cache" / "v3").iterdir())
     open_source(tmp_path, name)
     assert capsys.readouterr().out == ""
     os.utime(tmp_path / changed, (1, 1))
     open_source(tmp_path, name)
     assert capsys.readouterr().out.count("indexing") == 1
-    assert len(set((tmp_path / ".cache" / "v2").iterdir()) - before) == 1
+    assert len(set((tmp_path / ".cache" / "v3").iterdir()) - before) == 1
 
 
 def test_a_conversion_that_is_stopped_midway_leaves_nothing(tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_a_conversion_that_is_stopped_midway_leaves_nothing(tmp_path, monkeypatc
     monkeypatch.setattr(index, "text_hash", stop)
     with pytest.raises(KeyboardInterrupt):
         open_source(tmp_path, "a.csv")
-    assert not list((tmp_path / ".cache").glob("v2/*"))
+    assert not list((tmp_path / ".cache").glob("v3/*"))
 
 
 def test_what_is_converted_is_batched_as_json_lines_are(tmp_path):

@@ -262,7 +262,7 @@ def test_a_broken_gzip_file_is_refused_by_name_and_leaves_nothing_behind(tmp_pat
     (tmp_path / "a.jsonl.gz").write_bytes(raw)
     manifest = write(tmp_path / "m.json", b'[{"name": "a", "path": "a.jsonl.gz"}]')
     assert f"{tmp_path}/a.jsonl.gz, after line " in refusal(data.load_sources, manifest)
-    assert not list((tmp_path / ".cache").glob("v2/*"))
+    assert not list((tmp_path / ".cache").glob("v3/*"))
 
 
 # manifests
@@ -336,7 +336,7 @@ def test_a_file_is_indexed_once_and_anew_when_it_changed(tmp_path, capsys):
     """a.jsonl.gz: unpacked, which one line says; then silent, with the files written before. When
     changed to rows of the same number and size, it is another file."""
     def written():
-        return {path: path.stat().st_mtime_ns for path in tmp_path.glob(".cache/v2/*/*")}
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob(".cache/v3/*/*")}
 
     corpus(tmp_path, suffix=".jsonl.gz", a=pairs("a", 3))
     assert capsys.readouterr().out.count("\n") == 1
