@@ -314,11 +314,12 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
 def main(argv: list[str] | None = None) -> None:
     ranks, args = Ranks(), None
     # until the loop has its own: what is half built is cleared away
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args, resumed = parse_arguments(argv, ranks)
         status = train(args, resumed, ranks)
-    except (ArithmeticError, OSError, ValueError, RuntimeError, MemoryError) as error:
+    except (ArithmeticError, OSError, ValueError, RuntimeError, MemoryError,
+            KeyboardInterrupt) as error:
         status = run.report_error(error, args, ranks)
     if status:
         sys.exit(status)

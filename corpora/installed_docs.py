@@ -10,6 +10,7 @@ model.
 """
 
 import ast
+import contextlib
 import gc
 import hashlib
 import json
@@ -18,15 +19,20 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import sysconfig
 import textwrap
+import threading
+import time
 import tokenize
 import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from itertools import groupby
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -34,6 +40,7 @@ from packaging.utils import canonicalize_name
 from tqdm import tqdm
 
 from plumbing.files import publish, sweep
+from plumbing.refusals import run
 
 FORMAT = 1  # raise it whenever the same files give other pairs
 HERE = Path(__file__).resolve().parent
@@ -325,9 +332,17 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-8", "ignore").decode()
 
 
-def start_worker() -> None:
+def start_worker(parent: int) -> None:
     gc.disable()  # trees have no cycles: to walk them for nothing took a tenth of the time
     warnings.simplefilter("ignore")  # other people's escapes and comparisons
+    threading.Thread(target=end_with, args=[parent], daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    """Ends this process once its parent was killed, which no pool does."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def read(path: Path) -> dict[str, list[tuple]]:
@@ -383,15 +398,32 @@ def installed() -> dict[str, list[Path]]:
     return roots
 
 
+def read_all(files: list[Path]) -> Iterator[dict[str, list[tuple]]]:
+    """`read` of each file, in their order. Raises OSError where a process that reads is killed."""
+    # spawn: train.py has imported torch by now, and to fork a process that has threads can hang.
+    workers, context = min(os.cpu_count() or 1, PROCESSES), multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, start_worker, [os.getpid()])
+    # A Ctrl-C goes to every process of a terminal, and is for this one: the others are started with
+    # it blocked. Their tracker goes first, for its start unblocks it.
+    resource_tracker.ensure_running()
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        results = pool.map(read, files, chunksize=16)
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        yield from results
+    except BrokenProcessPool:
+        raise OSError("installed_docs: a process that reads files was killed, as happens where "
+                      "memory runs out; free some, and begin again") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def unique(files: list[Path]) -> dict[str, list[tuple[str, str]]]:
     """{source: pairs}: of equal and nearly equal queries the first only; of targets likewise."""
     pairs = {source: [] for source in QUALITY}
     seen_queries = {source: set() for source in QUALITY}
     seen_targets = {source: set() for source in QUALITY}
-    # spawn: train.py has imported torch by now, and to fork a process that has threads can hang.
-    workers, context = min(os.cpu_count() or 1, PROCESSES), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
-        results = pool.map(read, files, chunksize=16)
+    with contextlib.closing(read_all(files)) as results:
         for found in tqdm(results, total=len(files), unit="file", desc="installed_docs"):
             for source, rows in found.items():
                 queries, targets = seen_queries[source], seen_targets[source]
@@ -421,7 +453,7 @@ def build(directory: Path | None = None, roots: dict[str, list[Path]] | None = N
     not there yet: complete or absent.
 
     roots: {"name==version": files} to read instead of what is installed; the names alone decide the
-    folder's name. Raises OSError if the folder cannot be written.
+    folder's name. Raises OSError if it cannot be written.
     """
     roots = installed() if roots is None else roots
     files = [path for paths in roots.values() for path in paths]
@@ -432,11 +464,7 @@ def build(directory: Path | None = None, roots: dict[str, list[Path]] | None = N
     if not final.is_dir():
         print(f"installed_docs: building {final} from {len(files):,} files of {len(roots)} "
               f"packages, once for these versions")
-        try:
-            publish(final, lambda part: write(unique(files), part), replace=False)
-        except OSError as error:
-            raise OSError(f"{final.parent} cannot be written ({error}): make it writable, or give "
-                          f"build() another") from error
+        publish(final, lambda part: write(unique(files), part), replace=False)
     return final / "manifest.json"
 
 
@@ -455,4 +483,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("installed_docs", main, memory="free some, and begin again")

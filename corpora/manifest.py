@@ -4,7 +4,6 @@ What is wrong with one is said by file, source and field. Nothing here knows wha
 """
 
 import json
-import math
 from pathlib import Path
 
 from corpora.convert import is_beir, judgements
@@ -90,7 +89,8 @@ def check_entry(entry: dict, where: str, names: list[str]) -> None:
     name, rate, kind = entry["name"], entry["rate"], entry["kind"]
     check("name", isinstance(name, str) and name not in names, "a text, each name once")
     check("path", isinstance(entry["path"], str), "a text")
-    check("rate", type(rate) in (int, float) and 0 < rate < math.inf, "a number above 0")  # no bool
+    number = type(rate) in (int, float)  # no bool
+    check("rate", number and 0 < rate <= 1e100, "a number above 0, 1e100 at most")
     check("kind", kind in ("retrieval", "similarity"), '"retrieval" or "similarity"')
     for field in ("eval", "collection", "split", "query", "positive"):
         check(field, entry[field] is None or isinstance(entry[field], str), "a text")

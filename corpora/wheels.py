@@ -33,6 +33,7 @@ import yaml
 
 from corpora.convert import read_rows
 from plumbing.files import publish, sweep
+from plumbing.refusals import line_of
 
 FORMAT = 1  # raise it whenever the same wheels give other pairs
 BUILT = Path(__file__).resolve().parent / "built"
@@ -398,7 +399,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "minilm" in names:
             print(build_model())
     except (OSError, ValueError, KeyboardInterrupt) as error:
-        print(f"wheels: {str(error) or 'interrupted'}", file=sys.stderr)
+        print(f"wheels: {line_of(error) or 'interrupted'}", file=sys.stderr)
         return 2
     return 0
 

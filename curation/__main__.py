@@ -14,9 +14,8 @@ held out of a source becomes its `eval` file: it is neither kept as a pair nor e
 
 import argparse
 import math
-import signal
-import sys
 from collections.abc import Callable
+from functools import partial
 
 import data
 from corpora.prompts import parse_prompts
@@ -24,6 +23,8 @@ from curation import reranker
 from curation.filter import filter_pairs
 from curation.mine import EQUAL, mine
 from curation.reranker import make_cross_encoder
+from plumbing import refusals
+from plumbing.flags import LARGEST
 
 COMMANDS = {"filter": filter_pairs, "cross-encoder": make_cross_encoder, "mine": mine}
 AT_LEAST_1 = ("rows", "pool", "top_k", "candidates", "negatives", "batch_size", "chunk",
@@ -112,11 +113,12 @@ def check(args: argparse.Namespace) -> None:
     """Raises ValueError for a flag whose value cannot be used."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     for name in AT_LEAST_1:
-        if given.get(name, 1) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {given[name]}: expected 1 or more")
+        if not 1 <= given.get(name, 1) < LARGEST:
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]}: expected 1 or more, and "
+                             f"below 2^63")
     parse_prompts(args.prompts)
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: expected 0 or more")
+    if not 0 <= args.seed < LARGEST:
+        raise ValueError(f"--seed {args.seed}: expected 0 or more, and below 2^63")
     if not 0 <= given.get("margin", 0) < 1:
         raise ValueError(f"--margin {args.margin}: expected at least 0 and less than 1: scores are "
                          f"from 0 to 1")
@@ -124,19 +126,16 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--lr {args.lr}: expected a number above 0")
 
 
+def curate(argv: list[str] | None) -> None:
+    args = parse_arguments(argv)
+    COMMANDS[args.command](args)
+    print(f"{args.out} is written")
+
+
 def main(argv: list[str] | None = None) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        args = parse_arguments(argv)
-        COMMANDS[args.command](args)
-        print(f"{args.out} is written")
-        return
-    except (OSError, ValueError) as error:
-        status, line = 2, " ".join(str(error).split())
-    except KeyboardInterrupt:
-        status, line = 130, "stopped; the same command goes on from here"
-    print("curation:", line, file=sys.stderr)  # not above, where the exception holds the bar open
-    sys.exit(status)
+    refusals.run("curation", partial(curate, argv),
+                 memory="lower --micro-tokens, --chunk, --candidates or --pool",
+                 stopped="stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":

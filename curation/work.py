@@ -7,6 +7,7 @@ Nothing here knows what the arrays are.
 """
 
 import glob
+import io
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from torch import nn
 
 from plumbing.files import (HOST, SEAL, checksum, lock, open_cache, publish, read_json, sweep, sync,
                             write_json)
+from plumbing.refusals import writing
 
 
 class Work:
@@ -66,15 +68,16 @@ class Work:
 
     def _write(self, path: Path, write: Callable[[Path], None]) -> None:
         part = path.with_name(f"part{path.suffix}")
-        write(part)
-        sync(part)
+        with writing(path):
+            write(part)
+            sync(part)
         os.replace(part, path)
 
     def keep(self, name: str, compute: Callable[[], np.ndarray]) -> Path:
         """The file of the array of that name, computed unless an earlier start did."""
         path = self.directory / f"{quote(name, '')}.npy"
         if not path.is_file() or path.name not in self.sums:
-            self._write(path, lambda part: np.save(part, compute()))
+            self._write(path, lambda part: save_array(part, compute()))
             self.sums[path.name] = checksum(path)
             self._write(self.directory / SEAL, lambda part: write_json(part, self.sums))
         elif (found := checksum(path)) != self.sums[path.name]:
@@ -94,6 +97,13 @@ class Work:
 
         publish(self.out, write_and_check)
         shutil.rmtree(self.directory)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """By way of memory: on a full disk numpy may write less into a file without a word."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    path.write_bytes(buffer.getbuffer())
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -25,7 +25,8 @@ from corpora.prompts import check_file, describe_prompts, parse_prompts
 from evaluation import beir
 from evaluation.embed import MAX_LENGTH, MICRO_TOKENS
 from evaluation.metrics import clustering, retrieval, similarity
-from plumbing import model_directory
+from plumbing import model_directory, refusals
+from plumbing.flags import LARGEST
 
 KINDS = {"text": (str,), "a finite number": (int, float), "text or a whole number": (str, int)}
 SCORED = {"sentence1": "text", "sentence2": "text", "score": "a finite number"}
@@ -126,12 +127,10 @@ def main(argv: list[str] | None = None) -> None:
     if (args.max_length or 3) < 3 or args.micro_tokens < 1:
         parser.error("--max-length is at least 3, [CLS], a token and [SEP], and --micro-tokens at "
                      "least 1")
-    try:
-        found = measure(args)
-    except (OSError, ValueError) as error:
-        print("evaluation:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    print(json.dumps(found))
+    if not 0 <= args.seed < LARGEST:
+        parser.error(f"--seed {args.seed}: expected 0 or more, and below 2^63")
+    refusals.run("evaluation", lambda: print(json.dumps(measure(args))),
+                 memory="lower --micro-tokens or --max-length")
 
 
 if __name__ == "__main__":

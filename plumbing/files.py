@@ -12,6 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from plumbing.refusals import ROOM, writing
+
 
 SEAL = "checksums.json"
 LOCKS = {}  # by device and inode: the files that this process holds until it ends
@@ -66,12 +68,13 @@ def publish(directory: Path, write: Callable[[Path], None], replace: bool = True
     shutil.rmtree(part, ignore_errors=True)  # a killed process may have had the same number
     part.mkdir(parents=True)
     try:
-        write(part)
-        if sealed:
-            files = [path for path in part.rglob("*") if path.is_file()]
-            write_json(part / SEAL, {str(f.relative_to(part)): checksum(f) for f in files})
-        for path in [*part.rglob("*"), part]:
-            sync(path)
+        with writing(directory):
+            write(part)
+            if sealed:
+                files = [path for path in part.rglob("*") if path.is_file()]
+                write_json(part / SEAL, {str(f.relative_to(part)): checksum(f) for f in files})
+            for path in [*part.rglob("*"), part]:
+                sync(path)
         if replace:
             shutil.rmtree(directory, ignore_errors=True)
         os.rename(part, directory)
@@ -82,7 +85,7 @@ def publish(directory: Path, write: Callable[[Path], None], replace: bool = True
             return
         # the libraries' errors for a full disk: tokenizers' is a bare Exception
         if type(error) is Exception or isinstance(error, SafetensorError):
-            raise OSError(f"{directory} cannot be written: {error}") from error
+            raise OSError(f"{directory} cannot be written: {error}; {ROOM}") from error
         raise
 
 

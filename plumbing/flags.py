@@ -1,7 +1,6 @@
 """Flags of train.py that cannot work are refused before anything is built."""
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
@@ -9,6 +8,9 @@ import torch
 import memory
 import model
 from corpora.prompts import parse_prompts
+
+
+LARGEST = 1 << 63  # of torch's integers, and of what a mistyped flag could mean
 
 
 def check_flags(args: argparse.Namespace, device: torch.device) -> None:
@@ -21,10 +23,10 @@ def check_flags(args: argparse.Namespace, device: torch.device) -> None:
         value, name = getattr(args, flag), f"--{flag.replace('_', '-')}"
         if value is None:
             continue
-        if flag in above_0 and not 0 < value < math.inf:
-            raise ValueError(f"{name} {value}: expected a number above 0")
-        if flag in at_least_0 and not 0 <= value < math.inf:
-            raise ValueError(f"{name} {value}: expected 0 or more")
+        if flag in above_0 and not 0 < value < LARGEST:
+            raise ValueError(f"{name} {value}: expected a number above 0, and below 2^63")
+        if flag in at_least_0 and not 0 <= value < LARGEST:
+            raise ValueError(f"{name} {value}: expected 0 or more, and below 2^63")
         if flag in shares and not 0 <= value < 1:
             raise ValueError(f"{name} {value}: expected at least 0 and less than 1")
     if not args.resume and args.model in model.SIZES and Path(args.model, "config.json").is_file():

@@ -78,8 +78,12 @@ class Normalize(nn.Module):
 def fetch(name: str) -> Path:
     """The directory, or of a hub name the local folder that has all its files but the encoder's
     weights. Raises OSError."""
+    if Path(name).is_dir():
+        for weights in Path(name).glob("*.safetensors"):
+            weights.open("rb").close()  # where it is not allowed, safetensors finds no file
+        return Path(name)
     try:
-        return Path(name) if Path(name).is_dir() else download(name)
+        return download(name)
     except Exception as error:  # no such name, no network, not even a name
         raise OSError(f"model {name}: neither a directory nor a name that the hub gave us "
                       f"({str(error).strip().splitlines()[0]})") from error

@@ -25,6 +25,7 @@ from torch import nn
 from memory import read_zero
 from plumbing.allocator import give_back_freed_memory
 from plumbing.ranks import Ranks
+from plumbing.refusals import is_out_of_memory
 
 # Ours. On a CPU larger passes are no faster: a step of tiny takes 1.12 times as long at 8,192. On a
 # GPU not measured.
@@ -200,8 +201,7 @@ def ways_to_less(args: argparse.Namespace, size: int) -> list[str]:
 def out_of_memory(error: Exception, args: argparse.Namespace, device: torch.device) -> str | None:
     """What to lower, and to what, if it is memory that ran out; else None. (Linux may also kill a
     process without a word.)"""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if not known and not re.search("allocate memory|ALLOC_FAILED", str(error)):
+    if not is_out_of_memory(error):
         return None
     most, ways = memory_held(device, peak=True) / 1e9, []
     if most:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from plumbing import refusals
 from plumbing.files import lock
 from plumbing.plan import out_of_memory
 from plumbing.ranks import Ranks
@@ -45,14 +46,30 @@ def begin(run: Path, first: int) -> None:
         raise FileExistsError(f"{path}: another run has begun there in the meantime; start this "
                               f"one again") from None
     lock(run)
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < first]
+    kept = lines_before(path, first)
     for part in [*run.glob("*.part-*"), *run.glob("checkpoints/*.part-*")]:
         shutil.rmtree(part)
     part = path.with_suffix(".part")
-    part.write_text("".join(kept))
+    with refusals.writing(path):
+        part.write_bytes(b"".join(kept))
     os.replace(part, path)
     lock(run, shared=True)
+
+
+def lines_before(path: Path, first: int) -> list[bytes]:
+    """The lines of steps before `first`, without one that a killed process was writing. Raises
+    ValueError for another that is damaged."""
+    *lines, _ = path.read_bytes().split(b"\n")
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+            held_out_table([value["evaluation"]] if "evaluation" in value else [])
+            if value["step"] < first:
+                kept.append(line + b"\n")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{path}, line {number}: is damaged; take the line out") from None
+    return kept
 
 
 def event_writer(run: Path, first: int):
@@ -78,13 +95,14 @@ class Metrics:
         self.events = event_writer(run, first) if writes else None
 
     def __call__(self, **values) -> None:
-        self.file.write(json.dumps(values) + "\n")
-        if self.events:
-            numbers = values.get("evaluation", {}).get("mean", values)
-            for name, value in numbers.items():
-                if isinstance(value, int | float) and name != "step":
-                    self.events.add_scalar(name, value, values["step"])
-            self.events.flush()
+        with refusals.writing(self.path):
+            self.file.write(json.dumps(values) + "\n")
+            if self.events:
+                numbers = values.get("evaluation", {}).get("mean", values)
+                for name, value in numbers.items():
+                    if isinstance(value, int | float) and name != "step":
+                        self.events.add_scalar(name, value, values["step"])
+                self.events.flush()
 
     def evaluations(self) -> list[dict]:
         lines = map(json.loads, self.path.read_text().splitlines())
@@ -143,11 +161,14 @@ def report(run: Path, evaluations: list[dict], needs_flag: bool) -> None:
     print(line)
 
 
-def report_error(error: Exception, args: argparse.Namespace | None, ranks: Ranks) -> int:
+def report_error(error: BaseException, args: argparse.Namespace | None, ranks: Ranks) -> int:
     """Says in one line what went wrong -> the exit status: 2 for bad input or a full disk, 1 for
     what happened to the run. Raises the error again where it does not know it."""
+    if isinstance(error, KeyboardInterrupt):
+        ranks.complain("train.py: stopped; what checkpoints there are stay as they were")
+        return 130
     if isinstance(error, (FloatingPointError, OSError, ValueError)):
-        ranks.complain(f"train.py: {' '.join(str(error).split())}")
+        ranks.complain(f"train.py: {refusals.line_of(error)}")
         return 1 if isinstance(error, FloatingPointError) else 2
     advice = args and out_of_memory(error, args, ranks.device)
     if advice:

@@ -357,6 +357,15 @@ def two_rows():
             b=[["q0 0", "n99 1 0.5"], *others])
 
 
+def test_more_candidates_than_there_are_texts_are_all_that_there_are(plane, capsys):
+    two_rows()
+    run("mine", "out", *MINE_TWO, "reranker", "--candidates", 10**12)
+    said = capsys.readouterr().out
+    assert "source a: --candidates 1000000000000: taking all 16 texts that there are" in said
+    run("mine", "all", *MINE_TWO, "reranker", "--candidates", 16)
+    assert tree("out") == tree("all")
+
+
 def test_a_negative_is_what_the_retriever_finds_and_the_cross_encoder_scores_lower(plane, capsys):
     """q0 lies at 0, so n1 to n6 (at 1 to 6 degrees) are found at positions 1 to 6; q0's own text
     and n99, a positive of it in b, are nearer and excluded. Of the scores .895, .75, .91, .3, .69,

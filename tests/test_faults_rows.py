@@ -4,16 +4,24 @@ building is cut short: a run ends, in one line, and leaves nothing behind."""
 import gzip
 import json
 import os
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import data
 from corpora import convert, index
+from curation.__main__ import main as curate
+from evaluation.__main__ import main as evaluate
+from experiments import crashes
 from tests.conftest import FLAGS, ROOT
 from train import main as train
 
@@ -150,3 +158,162 @@ def test_a_line_with_many_positives_is_parsed_once(tmp_path, monkeypatch):
         assert source.read(20 * i).positive == f"p{20 * i}"
         assert source.read(2000 + i).positive == f"p{i:02}"
     assert len(parsed) <= 100
+
+
+# the default corpus, cut short
+
+BUILD = """
+import sysconfig
+from pathlib import Path
+from corpora import installed_docs
+from plumbing.refusals import run
+
+if __name__ == "__main__":
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+    run("installed_docs", lambda: installed_docs.build(Path("built"), {"a==1": files}), "")
+"""
+
+
+@pytest.fixture
+def building(tmp_path):
+    """A process that builds a corpus, and those that read for it, in the midst of it."""
+    (tmp_path / "build.py").write_text(BUILD)
+    with open(tmp_path / "said", "wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "build.py"], cwd=tmp_path, stdout=said, stderr=said,
+            start_new_session=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not re.search(rb"\D[1-9]\d*/", (tmp_path / "said").read_bytes()):
+        time.sleep(0.05)
+    yield process, crashes.family(process)
+    for pid in alive(crashes.family(process)):
+        os.kill(pid, signal.SIGKILL)
+
+
+def alive(pids):
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()
+            and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()]
+
+
+def wait_until_gone(pids, seconds=10):
+    end = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not alive(pids)
+
+
+def test_the_processes_that_read_for_a_killed_one_end_with_it(building):
+    process, family = building
+    process.kill()
+    assert len(family) > 1 and wait_until_gone(family)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("to", [os.kill, os.killpg])
+def test_a_signal_ends_the_building_soon_and_in_one_line(building, tmp_path, number, to):
+    """To the process alone, or as a terminal's Ctrl-C to all of its group."""
+    process, family = building
+    to(process.pid, number)
+    assert wait_until_gone(family) and process.wait() == 130
+    *_, last = (tmp_path / "said").read_text().splitlines()
+    assert last == "installed_docs: stopped" and "Traceback" not in (tmp_path / "said").read_text()
+    assert not list((tmp_path / "built").iterdir())
+
+
+# what else ends a command
+
+def refused(capsys, command, *argv):
+    """-> the exit status, and the one line that was said, progress bars aside."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command([*map(str, argv)])
+    said = capsys.readouterr().err
+    line, = re.findall(r"^(?:train\.py|curation|evaluation): (.*)", said, re.MULTILINE)
+    assert "Traceback" not in said and "[Errno" not in line
+    return stop.value.code, line
+
+
+FILTER = "filter", "--sources", "sources.json", "--model", "toy", "--pool", 50, "--out", "new"
+EVALUATE = "toy", "--pairs", "left.jsonl"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("command, argv", [(train, FLAGS), (curate, FILTER), (evaluate, EVALUATE)])
+def test_a_signal_before_anything_is_done_is_one_line(
+        folder, capsys, monkeypatch, command, argv, number):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    for target in ("data.load_sources", "model.load"):
+        monkeypatch.setattr(target, lambda *_: os.kill(os.getpid(), number) or time.sleep(5))
+    status, line = refused(capsys, command, *argv)
+    assert status == 130 and line.startswith("stopped")
+
+
+@pytest.mark.parametrize("command, argv", [(curate, FILTER), (evaluate, EVALUATE)])
+@pytest.mark.parametrize("allocate", [lambda *_, **__: torch.empty(1 << 50),
+                                      lambda *_, **__: np.empty(1 << 50)])
+def test_out_of_memory_says_what_to_lower(folder, capsys, monkeypatch, command, argv, allocate):
+    for target in ("curation.pool.embed", "evaluation.metrics.embed"):
+        monkeypatch.setattr(target, allocate)
+    status, line = refused(capsys, command, *argv)
+    assert status == 1 and "out of memory; lower --micro-tokens" in line
+
+
+@pytest.mark.parametrize("command, argv, size", [
+    *((train, [*FLAGS, "--steps", 2, "--out", "new"], size) for size in (100, 5000, 20000, 100000)),
+    *((curate, FILTER, size) for size in (100, 5000, 6500))])
+def test_what_cannot_be_written_is_named_with_a_way_out(folder, capsys, command, argv, size):
+    """Files of so many bytes at most, as a full disk has them."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        status, line = refused(capsys, command, *argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and str(folder) in str(Path(line.split(":")[0].split(" ")[0]).resolve())
+    assert "make room there" in line
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="root is refused nothing")
+@pytest.mark.parametrize("path", [
+    "sources.json", "left.jsonl", "toy", "toy/config.json", "toy/tokenizer.json",
+    "toy/model.safetensors"])
+def test_no_permission_is_not_no_file(folder, path):
+    os.chmod(path, 0)
+    run = subprocess.run(
+        ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", sys.executable,
+         ROOT / "train.py", *FLAGS, "--out", "new"], capture_output=True, text=True)
+    os.chmod(path, 0o700)
+    line, = run.stderr.splitlines()
+    assert run.returncode == 2 and "no such file" not in line.lower()
+    assert "permission denied" in line.lower() and path in line
+
+
+@pytest.mark.parametrize("damage", [
+    b"{}\n", b'{"step": null}\n', b'{"step": 1\n', b"[1]\n", b"\xff\n", b"1\n", b"[" * 9999 + b"\n",
+    b'{"step": 1, "evaluation": {"mean": {}}}\n', b'{"step": 1, "evaluation": 1}\n',
+    b'{"step": 1, "evaluation": {"mean": {}, "sources": {"left": {"targets": "3"}}}}\n'])
+def test_a_damaged_line_of_metrics_is_refused_by_its_number(folder, capsys, damage):
+    train([*FLAGS, "--steps", "2", "--out", "run"])
+    path = Path("run/metrics.jsonl")
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([first, damage, *others]))
+    resume = "--resume", "--out", "run", "--steps", 3
+    status, line = refused(capsys, train, *resume)
+    assert status == 2 and line.startswith("run/metrics.jsonl, line 2: is damaged; take ")
+    path.write_bytes(b"".join([first, *others, damage[:-1]]))  # a killed process was writing it
+    train([*map(str, resume)])
+
+
+@pytest.mark.parametrize("command, argv, flag", [
+    (train, FLAGS, "--seed"), (curate, FILTER, "--seed"), (train, FLAGS, "--steps"),
+    (curate, FILTER, "--chunk")])
+def test_a_number_beyond_what_torch_takes_is_refused(folder, capsys, command, argv, flag):
+    status, line = refused(capsys, command, *argv, flag, 1 << 64)
+    assert status == 2 and line.startswith(f"{flag} {1 << 64}: expected ")
+
+
+@pytest.mark.parametrize("rate", [1e308, 10**400])
+def test_rates_whose_sum_is_no_number_are_refused(folder, capsys, rate):
+    entries = json.loads(Path("sources.json").read_text())
+    Path("sources.json").write_text(json.dumps([entry | {"rate": rate} for entry in entries]))
+    status, line = refused(capsys, train, *FLAGS)
+    assert status == 2 and 'source 1: field "rate": ' in line

@@ -233,7 +233,7 @@ def test_a_build_is_done_once_and_anew_for_other_versions(tree):
 
 def test_a_folder_that_cannot_be_written_is_an_oserror_that_names_it(tree):
     (tree / "file").write_text("")
-    with pytest.raises(OSError, match=f"{tree}/file cannot be written"):
+    with pytest.raises(OSError, match=f"{tree}/file"):
         installed_docs.build(tree / "file", roots(tree))
 
 

@@ -1,0 +1,62 @@
+"""How a command ends that cannot go on: in one line that says where, what, and what to do.
+
+Nothing here knows what a command does.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOM = "make room there, or write elsewhere"
+PERMISSION = "change its permissions, or give another"
+ADVICE = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM, errno.EACCES: PERMISSION,
+          errno.EPERM: PERMISSION, errno.EROFS: ROOM, errno.ENOENT: "check the path",
+          errno.EISDIR: "name a file", errno.ENOTDIR: "check the path",
+          errno.EMFILE: "raise ulimit -n"}
+
+
+def line_of(error: BaseException) -> str:
+    """The error in one line, without numbers of the system's."""
+    if isinstance(error, OSError) and error.filename and error.errno:
+        advice = f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
+        return f"{error.filename}: {os.strerror(error.errno).lower()}{advice}"
+    return re.sub(r"\[Errno -?\d+\] ", "", " ".join(str(error).split()))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(
+        re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What cannot be written inside is an OSError that names `path`: a full disk's names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def run(command: str, call: Callable[[], None], memory: str, stopped: str = "stopped") -> None:
+    """call(); where it cannot go on, a line of `command`, and the exit status: 2 for bad input or a
+    full disk, 1 where memory runs out (memory: what takes less), 130 where a signal ends it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return call()
+    except (OSError, ValueError) as error:
+        status, line = 2, line_of(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        status, line = 1, f"out of memory; {memory}"
+    except KeyboardInterrupt:
+        status, line = 130, stopped
+    # not above, where the exception holds a progress bar open
+    print(f"{command}: {line}", file=sys.stderr)
+    sys.exit(status)
