@@ -93,9 +93,8 @@ def test_a_damaged_copy_of_a_packed_file_is_noticed(tmp_path):
     data.load_sources(manifest)
     copy, = tmp_path.glob(".cache/*/*/unpacked.jsonl")
     copy.write_bytes(edited(copy.read_bytes()))
-    source, = data.load_sources(manifest)
-    with pytest.raises(ValueError, match=r"unpacked\.jsonl, line 8: "):
-        source.read(7)
+    with pytest.raises(ValueError, match=r"unpacked\.jsonl: found .* remove .* made again"):
+        data.load_sources(manifest)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
@@ -131,7 +130,7 @@ def test_a_run_says_which_line_was_changed(folder, capsys):
 def test_a_line_that_is_too_long_is_refused_with_its_number(tmp_path, name, monkeypatch):
     monkeypatch.setattr(convert, "LONGEST_LINE", 1000)
     manifest = corpus(tmp_path, [["query", "positive"], ["q", "p" * 1000]], name)
-    with pytest.raises(ValueError, match=rf"{name}, line 2: longer than .*one value a line"):
+    with pytest.raises(OSError, match=rf"{name}, line 2: longer than .*one value a line"):
         data.load_sources(manifest)
 
 
