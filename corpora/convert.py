@@ -16,7 +16,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
-from corpora.formats import ARRAY, Columns, Row, UnexplainedField, records, shown, text_of
+from corpora.formats import (ARRAY, Columns, Row, UnexplainedField, as_text, records, shown,
+                             text_of)
 
 KINDS = ".jsonl", ".parquet", ".csv", ".tsv"  # of shards in a folder; .jsonl, .csv, .tsv also .gz
 SPLITS = re.compile(r"(?<![a-z])(train|test|dev|validation|val)(?![a-z])")
@@ -315,7 +316,7 @@ def read_judgements(path: Path) -> dict[tuple[str, str], tuple[int, int]]:
                                  f"with tabs between, and in line 1 {', '.join(HEADER)}")
             if number == 1:
                 continue
-            query, document, score = fields
+            query, document, score = *fields[:2], as_text(fields[2])
             if not score.removeprefix("-").isdecimal():
                 raise ValueError(f'{where}: field "score": found {json.dumps(score)}, expected a '
                                  f'whole number')

@@ -20,7 +20,7 @@ import torch
 import model
 from corpora.convert import judgements, read_rows
 from corpora.convert import read as read_values
-from corpora.formats import Columns, shown, text_of
+from corpora.formats import Columns, listed, shown, text_of
 from corpora.prompts import check_file, describe_prompts, parse_prompts
 from evaluation import beir
 from evaluation.embed import MAX_LENGTH, MICRO_TOKENS
@@ -45,7 +45,10 @@ def parse_fields(value: object, fields: dict[str, str]) -> tuple:
         value = dict(zip(fields, value))
     if not isinstance(value, dict):
         raise ValueError(f"found {shown(value)}, expected a list or an object")
-    return tuple(parse_field(name, value.get(name), kind) for name, kind in fields.items())
+    for name in fields:
+        if name not in value:
+            raise ValueError(f'field "{name}" is missing; found {listed(value)}')
+    return tuple(parse_field(name, value[name], kind) for name, kind in fields.items())
 
 
 def parse_field(name: str, value: object, kind: str) -> str | int | float:

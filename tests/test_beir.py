@@ -21,7 +21,7 @@ from tests.test_evaluation import lines, printed, refused
 SIZES = dict(max_length=16, micro_tokens=4096)
 DOCUMENTS = {"a": "north", "b": "north", "c": "north east", "d": "east", "e": ""}
 QUERIES = {"q": "north"}
-JUDGED = [("q", "a", 2), ("q", "c", 1), ("q", "d", 0)]
+JUDGED = [("q", "a", "2.0"), ("q", "c", 1), ("q", "d", 0)]
 
 
 def write(folder, documents=DOCUMENTS, queries=QUERIES, judged=JUDGED, split="test"):

@@ -346,7 +346,7 @@ def test_labelled_prints_v_measure(compass, tmp_path, capsys):
     ("--scored", "\n\n", "found no row"),
     ("--scored", '["a", "b", 1]\n{"a": ', "line 2: not JSON"),
     ("--scored", '["a", "b", 1]\n3', "line 2: found 3"),
-    ("--scored", '["a", "b"]', 'line 1: field "score": found null, expected a finite number'),
+    ("--scored", '["a", "b"]', 'line 1: field "score" is missing; found "sentence1", "sentence2"'),
     ("--scored", '["a", "b", NaN]', 'line 1: field "score": found NaN, expected a finite number'),
     ("--scored", '["a", "b", true]', 'line 1: field "score": found true, expected a finite number'),
     ("--scored", '["a", "b", "4,5"]', 'line 1: field "score": found "4,5", expected a finite'),
