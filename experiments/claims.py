@@ -45,7 +45,8 @@ from curation.sources import draw
 from evaluation import metrics
 from evaluation.embed import embed
 from experiments.curation import count_swapped, lines, reordered, rewrite, swap
-from experiments.verdicts import Claim, Room, draw as draw_figure, table
+from experiments.verdicts import Claim, Room, table
+from experiments.verdicts import draw as draw_figure
 from plumbing.files import publish
 from plumbing.plan import memory_free, memory_held
 from plumbing.ranks import Ranks
@@ -561,7 +562,7 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*:\s*(.*)", info.read_text())[1] if info.is_file() else ""
     dtype, _ = memory.choose_precision("auto", torch.device("cpu"))
-    return (f"{os.cpu_count()} CPUs, {name or platform.machine()}, {dtype}, torch "
+    return (f"{os.cpu_count()} CPUs, {name or platform.machine()}, trained in {dtype}, torch "
             f"{torch.__version__}")
 
 
