@@ -177,8 +177,8 @@ class Retriever:
     def nearest(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """-> indices in the pool (M, C) and cosines (M, C), as `search.nearest`."""
         if count > len(self.pool):
-            tqdm.write(f"source {self.source.name}: --candidates {count}: taking all "
-                       f"{len(self.pool)} texts that there are")
+            tqdm.write(f"source {self.source.name}: --candidates {count}, but it has "
+                       f"{len(self.pool)} texts to find: all are candidates")
             count = len(self.pool)
         q = self.embed([self.source.read(row).query for row in rows], self.source.prompts.query)
         return search.nearest(q, self.vectors, count, self.excluded(rows))

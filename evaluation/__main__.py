@@ -26,7 +26,6 @@ from evaluation import beir
 from evaluation.embed import MAX_LENGTH, MICRO_TOKENS
 from evaluation.metrics import clustering, retrieval, similarity
 from plumbing import model_directory, refusals
-from plumbing.flags import LARGEST
 
 KINDS = {"text": (str,), "a finite number": (int, float), "text or a whole number": (str, int)}
 SCORED = {"sentence1": "text", "sentence2": "text", "score": "a finite number"}
@@ -127,11 +126,9 @@ def main(argv: list[str] | None = None) -> None:
         help="tokens of a forward pass; ours, for memory only")
     add("--seed", type=int, default=0, help="of k-means; ours")
     args = parser.parse_args(argv)
-    if (args.max_length or 3) < 3 or args.micro_tokens < 1:
-        parser.error("--max-length is at least 3, [CLS], a token and [SEP], and --micro-tokens at "
-                     "least 1")
-    if not 0 <= args.seed < LARGEST:
-        parser.error(f"--seed {args.seed}: expected 0 or more, and below 2^63")
+    if (args.max_length or 3) < 3 or args.micro_tokens < 1 or not 0 <= args.seed < 1 << 32:
+        parser.error("--max-length is at least 3, [CLS], a token and [SEP], --micro-tokens at "
+                     "least 1, and --seed a number of 32 bits")
     refusals.run("evaluation", lambda: print(json.dumps(measure(args))),
                  memory="lower --micro-tokens or --max-length")
 

@@ -13,18 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOM = "make room there, or write elsewhere"
-PERMISSION = "change its permissions, or give another"
-ADVICE = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM, errno.EACCES: PERMISSION,
-          errno.EPERM: PERMISSION, errno.EROFS: ROOM, errno.ENOENT: "check the path",
-          errno.EISDIR: "name a file", errno.ENOTDIR: "check the path",
-          errno.EMFILE: "raise ulimit -n"}
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
 def line_of(error: BaseException) -> str:
     """The error in one line, without numbers of the system's."""
     if isinstance(error, OSError) and error.filename and error.errno:
-        advice = f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
-        return f"{error.filename}: {os.strerror(error.errno).lower()}{advice}"
+        advice = ROOM if error.errno in FULL else "check the path and its permissions"
+        return f"{error.filename}: {os.strerror(error.errno).lower()}; {advice}"
     return re.sub(r"\[Errno -?\d+\] ", "", " ".join(str(error).split()))
 
 

@@ -361,7 +361,7 @@ def test_more_candidates_than_there_are_texts_are_all_that_there_are(plane, caps
     two_rows()
     run("mine", "out", *MINE_TWO, "reranker", "--candidates", 10**12)
     said = capsys.readouterr().out
-    assert "source a: --candidates 1000000000000: taking all 16 texts that there are" in said
+    assert "source a: --candidates 1000000000000, but it has 16 texts" in said
     run("mine", "all", *MINE_TWO, "reranker", "--candidates", 16)
     assert tree("out") == tree("all")
 
