@@ -264,13 +264,15 @@ class SourceBatches(Iterator):
                 "sources": {name: dict(state) for name, state in self.states.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state` was taken. Raises ValueError when it was taken of other batches."""
+        """Goes on where `state` was taken. Raises ValueError where it was taken of other batches,
+        or where a source's place is none that a run can reach."""
         for what in ("seed", "batch_size", "negatives", "corpus", "prompts"):
             then, now = state.get(what, {}), self.state_dict()[what]
             if what == "corpus" and then != now and isinstance(then, list):  # the first other
                 then, now = next((a, b) for a, b in zip_longest(then, now) if a != b)
             if then != now:
-                raise ValueError(f"the checkpoint was made with another {what}: {then}, now {now}")
+                raise ValueError(f"the checkpoint was made with another {what}: {then}, now {now}; "
+                                 f"put that back, or begin a new run")
         self.step = state["step"]
         self.orders.clear()
         for source in self.sources:
@@ -283,8 +285,8 @@ class SourceBatches(Iterator):
             except (LookupError, TypeError, ValueError):
                 good = False
             if not good:
-                raise ValueError(f"the checkpoint's state.json: source {source.name} is where no "
-                                 f"run comes to; remove that checkpoint, and go on from another")
+                raise ValueError(f"the checkpoint's state.json: source {source.name}: no run "
+                                 f"reaches this epoch, cursor and waiting rows; put the file back")
 
 
 def with_negatives(source: Source, count: int) -> np.ndarray:

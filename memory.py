@@ -86,7 +86,7 @@ class LossScale:
 
     def __init__(self, dtype: torch.dtype):
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
-        self.good_steps = 0
+        self.good_steps = self.bad_steps = 0  # in a row
         self.skipped = 0
 
     def survives(self, grad_norm: float) -> bool:
@@ -94,10 +94,12 @@ class LossScale:
         where that makes it `exhausted`, a lower one will not help."""
         if not math.isfinite(grad_norm):
             self.skipped += 1
+            self.bad_steps += 1
             self.scale /= 2
             self.good_steps = 0
             return False
         self.good_steps += 1
+        self.bad_steps = 0
         if self.scale > 1 and self.good_steps % 2000 == 0:
             self.scale *= 2
         return True

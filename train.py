@@ -276,9 +276,10 @@ def train(args: argparse.Namespace, resumed: checkpoint.Checkpoint | None, ranks
         loss, accuracy = ranks.mean(loss.item(), accuracy)
         tokens, padded, stopped = ranks.sum(tokens, padded, stop.name is not None)
         if not math.isfinite(loss) or engine.scaling.exhausted():
+            diverged_at = step - max(1, engine.scaling.bad_steps)  # whose weights are those of now
             raise FloatingPointError(
                 f"step {step}, source {batch.source}: loss {loss:g}, gradient norm {grad_norm:g}; "
-                f"{ranks.on_rank_0(lambda: checkpoint.way_on(out, step))}")
+                f"{ranks.on_rank_0(lambda: checkpoint.set_aside(out, diverged_at))}")
         seconds = time.perf_counter() - start
         log(step=step, loss=loss, accuracy=accuracy, source=batch.source, rows=batch.digest, lr=lr,
             grad_norm=grad_norm if math.isfinite(grad_norm) else None,

@@ -159,7 +159,7 @@ def read_lines(path: Path) -> Values:
                 if text.strip():
                     yield number, offset, DECODER.decode(text.decode())
                 offset += len(line)
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         if number == 1 and re.match(rb"\s*\[\s*([\[{]|$)", text):
             raise ValueError(f"{path}, line 1: {ARRAY}") from None
         raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error}); write one value a "

@@ -46,7 +46,7 @@ class Lines:
             line = self.file.readline()
             if crc32(line) != crc:
                 raise ValueError(f"{self.file.name}, line {self.number(offset)}: is not what was "
-                                 f"indexed; put the file back as it was, or remove "
+                                 f"indexed; put the file back as it was if it is yours, or remove "
                                  f"{self.directory} and begin anew")
             rows = records(json.loads(line), self.columns)
             if len(rows) > MANY:
@@ -70,7 +70,7 @@ class Index(NamedTuple):
 def open_index(name: str, path: Path, columns: Columns, cache: Path) -> Index:
     """The index of a file, a folder or a glob of rows, written into a folder of `cache` unless it
     is there, with the rows themselves where they cannot be read at their place. name: of the
-    source, for messages. Raises FileNotFoundError, and ValueError where there is no row, or a bad
+    source, for messages. Raises OSError, and ValueError where there is no row, or a bad
     one."""
     try:
         stats = [(str(file.resolve()), file.stat()) for file in inputs(path)]
@@ -81,9 +81,8 @@ def open_index(name: str, path: Path, columns: Columns, cache: Path) -> Index:
     version = hexdigest(repr((files, columns)).encode())
     directory = cache / f"{Path(files[0][0]).name.split('.')[0]}-{version}"
     plain = is_plain(path)
-    if not directory.is_dir():
-        if not plain or sum(size for _, size, _ in files) > LARGE:
-            print(f"source {name}: indexing and unpacking {path} once, into {cache}", flush=True)
+    if not directory.is_dir() and (not plain or sum(size for _, size, _ in files) > LARGE):
+        print(f"source {name}: indexing and unpacking {path} once, into {cache}", flush=True)
     open_cache(directory, lambda part: write_index(name, path, columns, part))
     rows = open_array(directory / "rows", INDEX_ROW)
     if not len(rows):

@@ -408,12 +408,14 @@ def read_all(files: list[Path]) -> Iterator[dict[str, list[tuple]]]:
     resource_tracker.ensure_running()
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        results = pool.map(read, files, chunksize=16)
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        try:
+            results = pool.map(read, files, chunksize=16)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         yield from results
     except BrokenProcessPool:
-        raise OSError("installed_docs: a process that reads files was killed, as happens where "
-                      "memory runs out; free some, and begin again") from None
+        raise OSError("a process that reads the packages' files has ended: memory ran out (free "
+                      "some, and begin again), or its own error stands above") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from plumbing.files import (HOST, SEAL, checksum, lock, open_cache, publish, read_json, sweep, sync,
                             write_json)
-from plumbing.refusals import writing
+from plumbing.refusals import naming
 
 
 class Work:
@@ -68,7 +68,7 @@ class Work:
 
     def _write(self, path: Path, write: Callable[[Path], None]) -> None:
         part = path.with_name(f"part{path.suffix}")
-        with writing(path):
+        with naming(path):
             write(part)
             sync(part)
         os.replace(part, path)

@@ -3,7 +3,7 @@ compares what they leave with a run that nobody killed.
 
     python -m experiments.crashes
         20 runs of one process: everything must be bit-identical; then 20 tries of each of FAULTS,
-        whose table says in how many nothing went on with another result
+        whose table says in how many the fault was refused, or left no trace
     python -m experiments.crashes --runs 6 --ranks 2 --zero 2
         losses to a relative 1e-6, everything else equal
 
@@ -288,6 +288,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.runs} runs of {STEPS} steps on {args.ranks} rank(s), killed {killed} times, "
               f"{writing} of them while writing: {args.runs - different} as the uninterrupted run, "
               f"{to_the_bit} of them to the last bit")
+        print("| fault | tries | survived | said |\n| --- | ---: | ---: | --- |")
         for fault in FAULTS if args.ranks == 1 else ():
             tried = [fault(folder, draw) for _ in range(args.runs)]
             survived = sum(good for good, _ in tried)

@@ -3,6 +3,7 @@
     OUT/checkpoints/00000020/   model/ (what `model.load` opens), optimizer.safetensors (moments by
                                 parameter name), random.safetensors, state.json (step, flags,
                                 sampler), checksums.json (of the others)
+    .../00000019.diverged/      what a run that diverged cannot go on from
 
 Nothing here knows what is trained.
 """
@@ -43,19 +44,21 @@ def save(run: Path, state: dict, write_model: Callable[[Path], None], engine, ra
 def check_finite(run: Path, step: int, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
-            raise FloatingPointError(f"step {step}: {name} is not finite; {way_on(run)}")
+            raise FloatingPointError(f"step {step}: {name} is not finite; {set_aside(run, step)}")
 
 
-def way_on(run: Path, step: int = 0) -> str:
-    """How to go on with a run that has diverged. Puts the checkpoint right before `step` aside: the
-    same weights and the same batch would give the same again, whatever the --lr."""
-    path = run / "checkpoints" / f"{step - 1:08d}"
-    if path.is_dir():
+def set_aside(run: Path, since: int) -> str:
+    """Renames the checkpoints from step `since` on to STEP.diverged: the same weights and batches
+    would give the same again, whatever the --lr. -> how to go on."""
+    aside = [path for path in complete(run) if int(path.name) >= since]
+    for path in aside:
         shutil.rmtree(path.with_suffix(".diverged"), ignore_errors=True)
         path.rename(path.with_suffix(".diverged"))
+    said = f"{aside[0]} is now {aside[0].name}.diverged; " if aside else ""
     if found := complete(run):
-        return f"--resume --out {run} with a lower --lr goes on from step {int(found[-1].name)}"
-    return "there is no checkpoint to go on from; begin with a lower --lr and another --out"
+        return (f"{said}--resume --out {run} with a lower --lr goes on from step "
+                f"{int(found[-1].name)}")
+    return f"{said}no checkpoint is left; begin with a lower --lr and another --out"
 
 
 def write(run: Path, state: dict, write_model: Callable[[Path], None], moments: dict[str, Tensor],
@@ -88,7 +91,7 @@ class Checkpoint(NamedTuple):
 
     def flags(self) -> dict:
         """The run's flags, with the manifest and the tokens of a pass that were chosen where the
-        flags left them open. (Earlier versions saved these among "args", and no "chosen".)"""
+        flags left them open."""
         return self.state["args"] | self.state["chosen"]
 
     def check_flags(self, args: argparse.Namespace) -> None:
@@ -115,38 +118,41 @@ def newest(out: str | None, parser: argparse.ArgumentParser | None = None) -> Ch
                                 f"run is meant, and without --resume a new one begins")
     lock(run)
     *older, path = complete(run)
-    then = f"goes on from {older[-1].name}" if older else "has nothing to go on from"
+    then = f"--resume goes on from {older[-1].name}" if older else "begin anew with another --out"
     try:
         check_seal(path)
-        state = {"chosen": {}} | (read_json(path / "state.json") or {})
-        if wrong := damage(state, int(path.name), parser):
-            raise ValueError(f"{path / 'state.json'}: {wrong} is missing, or has no value of ours")
+        state = read_json(path / "state.json") or {}
     except ValueError as error:
-        raise ValueError(f"{error}; remove {path}, and --resume {then}") from None
+        raise ValueError(f"{error}; remove {path}, and {then}") from None
+    if wrong := damage(state, int(path.name), parser):
+        raise ValueError(f"{path / 'state.json'}: {wrong} is missing, or not what this version "
+                         f"writes; go on with the version that wrote it, or put an edited file "
+                         f"back")
     return Checkpoint(run, path, state)
 
 
 def damage(state: dict, step: int, parser: argparse.ArgumentParser | None) -> str | None:
-    """A name that `save` does not write, not with that type or value. ("sampler" is data.py's.)"""
+    """The first name whose value `save` cannot have written, or None. ("sampler" is data.py's.)"""
     for name in ("args", "chosen", "loss_scale", "sampler"):
         if not isinstance(state.get(name), dict):
             return name
     if not state.get("step") == state["sampler"].get("step") == step:
         return "step"
+    like = vars(LossScale(torch.float32))
     for name, value in state["loss_scale"].items():
-        like = vars(LossScale(torch.float32)).get(name)
-        if type(value) is not type(like) or not 0 <= value < math.inf:
+        if type(value) is not type(like.get(name)) or not 0 <= value < math.inf:
             return name
     if not parser:
         return None
     actions = {action.dest: action for action in parser._actions}
     for name, value in (state["args"] | state["chosen"]).items():
-        action = actions.get(name)
+        if not (action := actions.get(name)):
+            return name
         try:
             kind = bool if action.nargs == 0 else action.type or str
             if value != action.default and value not in (action.choices or [kind(str(value))]):
                 return name
-        except (AttributeError, ValueError):  # no such flag; not of its type
+        except ValueError:  # not of its type
             return name
     return None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from plumbing.refusals import ROOM, writing
+from plumbing.refusals import ROOM, naming
 
 
 SEAL = "checksums.json"
@@ -28,22 +28,26 @@ def lock(folder: Path, shared: bool = False) -> None:
     work there. Over NFS the server holds it, for all hosts; mounted with local_lock or nolock, a
     host sees its own processes alone. Where a file system has no locks, that is said."""
     file = open(folder / ".lock", "a+")
-    inode = os.fstat(file.fileno())
-    file = LOCKS.setdefault((inode.st_dev, inode.st_ino), file)
+    stat = os.fstat(file.fileno())
+    key = stat.st_dev, stat.st_ino
+    is_new = key not in LOCKS
+    file = LOCKS.setdefault(key, file)
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        del LOCKS[inode.st_dev, inode.st_ino]
+        del LOCKS[key]
         file.seek(0)
         holders = dict.fromkeys(file.read().splitlines())
         raise BlockingIOError(f"{folder}: at work there: {', '.join(holders) or 'another process'};"
                               f" wait until that has ended, or stop it") from None
     except OSError as error:
-        print(f"{folder}: cannot be locked ({error}); see that nothing else works there")
-    if not shared:
-        file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
+        if is_new:
+            print(f"{folder}: cannot be locked ({error}); see that nothing else works there")
+    with naming(folder / ".lock"):
+        if not shared:
+            file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
 
 
 def sweep(folder: Path, parts: str = "*.part-*") -> None:
@@ -68,7 +72,7 @@ def publish(directory: Path, write: Callable[[Path], None], replace: bool = True
     shutil.rmtree(part, ignore_errors=True)  # a killed process may have had the same number
     part.mkdir(parents=True)
     try:
-        with writing(directory):
+        with naming(directory):
             write(part)
             if sealed:
                 files = [path for path in part.rglob("*") if path.is_file()]
@@ -94,7 +98,7 @@ def checksum(path: Path) -> str:
     if not path.is_file():
         return "no file"
     crc = 0
-    with open(path, "rb", buffering=0) as file:
+    with naming(path), open(path, "rb", buffering=0) as file:
         while block := file.read(1 << 20):
             crc = zlib.crc32(block, crc)
         return f"{file.tell()} bytes, crc32 {crc:08x}"
@@ -104,8 +108,8 @@ def check_seal(directory: Path) -> None:
     """Raises ValueError naming a file that is not as it was written."""
     sums = read_json(directory / SEAL)
     if sums is None:
-        print(f"{directory}: is not checked, it has no {SEAL} (earlier versions wrote none)")
-    for name, written in (sums or {}).items():
+        raise ValueError(f"{directory / SEAL}: no such file")
+    for name, written in sums.items():
         if (found := checksum(directory / name)) != written:
             raise ValueError(f"{directory / name}: found {found}, written were {written}")
 

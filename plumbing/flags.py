@@ -10,7 +10,7 @@ import model
 from corpora.prompts import parse_prompts
 
 
-LARGEST = 1 << 63  # of torch's integers, and of what a mistyped flag could mean
+LARGEST = 1 << 63  # torch's integers end below it
 
 
 def check_flags(args: argparse.Namespace, device: torch.device) -> None:

@@ -80,7 +80,7 @@ def fetch(name: str) -> Path:
     weights. Raises OSError."""
     if Path(name).is_dir():
         for weights in Path(name).glob("*.safetensors"):
-            weights.open("rb").close()  # where it is not allowed, safetensors finds no file
+            weights.open("rb").close()  # PermissionError; safetensors says "no file"
         return Path(name)
     try:
         return download(name)

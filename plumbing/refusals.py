@@ -17,7 +17,7 @@ FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
 def line_of(error: BaseException) -> str:
-    """The error in one line, without numbers of the system's."""
+    """The error in one line, without "[Errno 28]"."""
     if isinstance(error, OSError) and error.filename and error.errno:
         advice = ROOM if error.errno in FULL else "check the path and its permissions"
         return f"{error.filename}: {os.strerror(error.errno).lower()}; {advice}"
@@ -30,8 +30,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What cannot be written inside is an OSError that names `path`: a full disk's names none."""
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside names `path`, where the system's names none: a full or broken disk's."""
     try:
         yield
     except OSError as error:
@@ -54,6 +54,6 @@ def run(command: str, call: Callable[[], None], memory: str, stopped: str = "sto
         status, line = 1, f"out of memory; {memory}"
     except KeyboardInterrupt:
         status, line = 130, stopped
-    # not above, where the exception holds a progress bar open
+    # not above: there the traceback keeps a bar open, which would be drawn over the line
     print(f"{command}: {line}", file=sys.stderr)
     sys.exit(status)

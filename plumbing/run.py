@@ -37,7 +37,8 @@ def free_run(out: str | None) -> Path:
 
 def begin(run: Path, first: int) -> None:
     """Makes the folder and its metrics.jsonl. Of a resumed run it cuts off the lines from step
-    `first` on, for those steps are taken again, and removes what a killed process was writing."""
+    `first` on, for those steps are taken again, and removes what a killed process was writing.
+    Holds the folder from then on, together with the other ranks (Metrics)."""
     path = run / "metrics.jsonl"
     run.mkdir(parents=True, exist_ok=True)
     try:
@@ -50,7 +51,7 @@ def begin(run: Path, first: int) -> None:
     for part in [*run.glob("*.part-*"), *run.glob("checkpoints/*.part-*")]:
         shutil.rmtree(part)
     part = path.with_suffix(".part")
-    with refusals.writing(path):
+    with refusals.naming(path):
         part.write_bytes(b"".join(kept))
     os.replace(part, path)
     lock(run, shared=True)
@@ -95,7 +96,7 @@ class Metrics:
         self.events = event_writer(run, first) if writes else None
 
     def __call__(self, **values) -> None:
-        with refusals.writing(self.path):
+        with refusals.naming(self.path):
             self.file.write(json.dumps(values) + "\n")
             if self.events:
                 numbers = values.get("evaluation", {}).get("mean", values)

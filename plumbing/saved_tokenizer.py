@@ -28,7 +28,7 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     try:
         own = Tokenizer.from_file(str(path))
     except Exception as error:  # a bare one
-        raise ValueError(f"{path}: is no tokenizer ({error}); take its model's own") from None
+        raise ValueError(f"{path}: is no tokenizer.json ({error}); fetch the model again") from None
     own.no_truncation()
     own.no_padding()
     text = PROBE + " ".join(token.content for token in own.get_added_tokens_decoder().values())

@@ -33,8 +33,8 @@ def trained():
 
 
 def save(folder, step, engine=None, write_model=lambda part: part.mkdir()):
-    state = {"step": step, "args": {"precision": "fp32"}, "loss_scale": {"skipped": 7},
-             "sampler": {"step": step}}
+    state = {"step": step, "args": {"precision": "fp32"}, "chosen": {},
+             "loss_scale": {"skipped": 7}, "sampler": {"step": step}}
     checkpoint.save(folder, state, write_model, engine or trained(), ALONE)
 
 

@@ -92,7 +92,7 @@ def remove_what_it_says(said):
     ("optimizer.safetensors", halve), ("random.safetensors", flip),
     ("model/tokenizer.json", Path.unlink), ("model/config.json", halve), ("state.json", flip),
     ("state.json", edit(lambda state: state["sampler"]["sources"]["left"].update(cursor=7))),
-    ("checksums.json", halve), ("checksums.json", flip)])
+    ("checksums.json", halve), ("checksums.json", flip), ("checksums.json", Path.unlink)])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(copy, capsys, file, damage):
     damage(copy / "run/checkpoints/00000004" / file)
     said = refused(capsys, train.main, "--resume", "--out", "run")
@@ -106,13 +106,7 @@ def test_the_only_checkpoint_has_none_before_it(copy, capsys):
     shutil.rmtree("run/checkpoints/00000002")
     flip(copy / "run/checkpoints/00000004/optimizer.safetensors")
     said = refused(capsys, train.main, "--resume", "--out", "run")
-    assert "nothing to go on from" in said
-
-
-def test_a_checkpoint_of_an_earlier_version_opens_and_is_said_to_be_unchecked(copy, capsys):
-    Path("run/checkpoints/00000004/checksums.json").unlink()
-    train.main(["--resume", "--out", "run"])
-    assert "00000004: is not checked" in capsys.readouterr().out
+    assert "begin anew with another --out" in said
 
 
 @pytest.mark.parametrize("change", [
@@ -141,10 +135,11 @@ def test_a_checkpoint_of_an_earlier_version_opens_and_is_said_to_be_unchecked(co
     lambda state: state["sampler"]["sources"]["left"].update(waiting=[10**6]),
     lambda state: state["sampler"]["sources"]["left"].update(waiting=3)])
 def test_state_json_is_checked_as_a_whole(copy, capsys, change):
-    """Also where there are no checksums to tell."""
-    Path("run/checkpoints/00000004/checksums.json").unlink()
-    edit(change)(copy / "run/checkpoints/00000004/state.json")
-    refused(capsys, train.main, "--resume", "--out", "run")
+    """Also where the checksums are right."""
+    state = copy / "run/checkpoints/00000004/state.json"
+    edit(change)(state)
+    edit(lambda sums: sums.update({state.name: files.checksum(state)}))(state.parent / files.SEAL)
+    assert "checksum" not in refused(capsys, train.main, "--resume", "--out", "run")
 
 
 @pytest.mark.parametrize("file, damage", [
