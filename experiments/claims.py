@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,8 +128,11 @@ def create_cls(size: str) -> model.PooledEncoder:
 
 # what an arm is trained on: each is made once, under --runs, and gives its manifest
 
+build_docs = cache(installed_docs.build)  # to see what is installed takes seconds
+
+
 def docs(args: argparse.Namespace) -> Path:
-    return installed_docs.build()
+    return build_docs()
 
 
 def symptoms(args: argparse.Namespace) -> Path:
