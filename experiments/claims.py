@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -477,7 +478,7 @@ def labelled(args: argparse.Namespace) -> list[tuple[str, str]]:
         texts = {text_hash(row.positive): row.positive for source in data.load_sources(docs(args))
                  if source.name in DOCSTRINGS for row in source.held_out}
         packages = {}
-        installed_docs.start_worker()  # other people's warnings
+        warnings.simplefilter("ignore")  # of other people's escapes
         for package, files in tqdm(installed_docs.installed().items(), desc="labels"):
             for file in files:
                 rows = installed_docs.read(file)
