@@ -166,6 +166,8 @@ def read_lines(path: Path) -> Values:
                          f"line") from None
     except BROKEN_GZIP as error:
         raise ValueError(f"{path}, after line {number}: broken gzip file ({error})") from None
+    except ValueError as error:  # json_object's
+        raise ValueError(f"{path}, line {number}: {error}") from None
 
 
 def read_csv(path: Path) -> Values:
