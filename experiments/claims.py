@@ -224,9 +224,8 @@ def plant(rows: list[data.Row], seed: int) -> list[dict]:
 
 def planted(how: str, args: argparse.Namespace) -> Path:
     """Rows mined among targets and, of each row, one false negative: its positive with the
-    sentences in another order. (The default corpus has no near copies; of MS MARCO's hard
-    negatives 70 % are said to be right answers, Qu et al. 2021.) how: random, unconfirmed or
-    confirmed."""
+    sentences in another order, for the default corpus has no near copies. how: random, unconfirmed
+    or confirmed."""
     manifest = replant(kept(args), args.runs / "planted", plant)
     given = "--cross-encoder", mined(args).parent / "cross-encoder"
     if how == "random":
