@@ -274,8 +274,9 @@ def false_negatives(manifest: Path) -> float:
 
 class Arm(NamedTuple):
     """flags: of train.py. replace: [(object, name, what takes its place)]. steps: as a share of
-    --steps. start: the arm whose model it goes on from. corpus: that it is scored on. wide: also
-    among all targets. wrong: the share of its rows with something wrong in it."""
+    --steps. start: the arm whose model it goes on from. corpus: that it is scored on. among: "some"
+    other targets, "many" (--distractors), or "both". back: also of search for queries. wrong: the
+    share of its rows with something wrong in it."""
 
     flags: str = ""
     replace: list[tuple] = []
@@ -284,49 +285,50 @@ class Arm(NamedTuple):
     steps: float = 1
     start: str = ""
     corpus: Callable = docs
-    wide: bool = False
+    among: str = "some"
+    back: bool = False
     wrong: Callable | None = None
 
 
 def stage_3(sources: Callable, start: str = "base", lr: float = 3e-4, **fields) -> Arm:
     return Arm(f"--stage 3 --lr {lr}", sources=sources, batch=256, steps=0.5, start=start,
-               wide=True, **fields)
+               among="many", **fields)
 
 
 def go_on(batch: int, start: str = "base") -> Arm:
     """More of stage II."""
-    return Arm("--lr 3e-4", sources=kept, batch=batch, steps=0.5, start=start, wide=True)
+    return Arm("--lr 3e-4", sources=kept, batch=batch, steps=0.5, start=start, among="many")
 
 
 TERMS, DEFINITIONS = "hpo_synonym_term", "hpo_synonym_definition"
 ARMS = {
-    "base": Arm(wide=True),
+    "base": Arm(among="both", back=True),
     **{f"tau-{tau}": Arm(f"--tau {tau}") for tau in (0.01, 0.02, 0.1, 0.2)},
-    "from-queries": Arm(replace=[(train, "step_loss", from_queries)]),
-    "from-positives": Arm(replace=[(train, "step_loss", from_positives)]),
+    "from-queries": Arm(replace=[(train, "step_loss", from_queries)], back=True),
+    "from-positives": Arm(replace=[(train, "step_loss", from_positives)], back=True),
     "mixed": Arm(replace=[(data, "SourceBatches", MixedBatches)]),
     **{f"batch-{rows}": Arm(batch=rows, steps=BATCH / rows) for rows in (64, 256, 4096)},
     **{f"steps-{rows}": Arm(batch=rows) for rows in (64, 256, 4096)},
     "without-titles": Arm(sources=without_titles),
-    "swapped": Arm(sources=swapped, wide=True, wrong=swapped_share),
-    "filtered": Arm(sources=filtered, wide=True, wrong=swapped_share),
+    "swapped": Arm(sources=swapped, among="many", wrong=swapped_share),
+    "filtered": Arm(sources=filtered, among="many", wrong=swapped_share),
     "more-steps": go_on(256),
     "more-texts": go_on(2176),  # 256 rows of stage III have as many
     "stage-3": stage_3(mined),
     "stage-3-minilm": stage_3(mined_by_minilm),
     "stage-3-own": stage_3(mined, replace=[(train, "step_loss", own_negatives)]),
     **{f"stage-3-{lr}": stage_3(mined, lr=lr) for lr in (1e-4, 1e-3)},
-    "long": Arm(steps=4, wide=True),
+    "long": Arm(steps=4, among="many"),
     "long-more-texts": go_on(2176, "long"),
     "long-stage-3": stage_3(mined, "long"),
     **{f"planted-{how}": stage_3(partial(planted, how), wrong=false_negatives)
        for how in ("random", "unconfirmed", "confirmed")},
-    "symptoms": Arm(sources=symptoms, corpus=symptoms, wide=True),
+    "symptoms": Arm(sources=symptoms, corpus=symptoms, among="many"),
     **{f"{name}-{kind}": stage_3(partial(mined_as, name, kind), "symptoms",
                                  corpus=partial(one_source, name, kind))
        for name in (TERMS, DEFINITIONS) for kind in ("similarity", "retrieval")},
     "repeated": Arm(replace=[(data, "SourceBatches", RepeatingBatches)], sources=symptoms,
-                    corpus=symptoms, wide=True),
+                    corpus=symptoms, among="many"),
     "equal-rates": Arm(sources=equal_rates),
     "cls": Arm(replace=[(model, "create", create_cls)]),
 }
@@ -335,8 +337,8 @@ STARTS = {arm.start for arm in ARMS.values()} | {"swapped"}  # their models are 
 NDCG = ("ndcg@10", "mean"), "nDCG@10 among held-out and 30,000 other targets"
 BACK = ("back", "ndcg@10", "mean"), "nDCG@10 of queries, among held-out and 30,000 others"
 NEARER = ("other source", "mean"), "queries nearer to another source's text"
-ALL = ("all", "ndcg@10", "mean"), "nDCG@10 among all targets"
-ALONE = ("held-out", "mean"), "nDCG@10 among held-out targets alone"
+MANY = ("many", "ndcg@10", "mean"), "nDCG@10 among held-out and 100,000 other targets"
+ALONE = ("many", "held-out", "mean"), "nDCG@10 among held-out targets alone"
 CLUSTERS = ("v_measure",), "V-measure of docstrings by package"
 MEMORY = "memory"  # a claim of its own kind: nothing is trained
 
@@ -364,33 +366,33 @@ CLAIMS = {
     "title-abstract": Claim("title-abstract pairs help clustering", "with", {
         "without": "without-titles", "with": "base"}, *CLUSTERS),
     "filtering": Claim("consistency filtering", "then filtered", {
-        "as it is": "base", "20 % wrong": "swapped", "then filtered": "filtered"}, *ALL,
+        "as it is": "base", "20 % wrong": "swapped", "then filtered": "filtered"}, *MANY,
         aside="as it is"),
-    "stage-3": Claim("stage III lifts ranking", "stage III", STAGE_3, *ALL),
+    "stage-3": Claim("stage III lifts ranking", "stage III", STAGE_3, *MANY),
     "hard": Claim("hard negatives, confirmed by a cross-encoder", "mined, confirmed", {
         "random": "planted-random", "mined": "planted-unconfirmed",
-        "mined, confirmed": "planted-confirmed"}, *ALL),
+        "mined, confirmed": "planted-confirmed"}, *MANY),
     "similarity": Claim("random negatives where data is not for retrieval", "random",
-                        by_kind(TERMS), ALL[0], "nDCG@10, synonym to term"),
+                        by_kind(TERMS), MANY[0], "nDCG@10, synonym to term"),
     "retrieval": Claim("hard ones where it is", "mined, confirmed", by_kind(DEFINITIONS),
-                       ALL[0], "nDCG@10, synonym to definition"),
+                       MANY[0], "nDCG@10, synonym to definition"),
     "stage-3-metric": Claim("(a) among held-out targets alone", "stage III", STAGE_3, *ALONE,
                             optional=True),
     "stage-3-teacher": Claim("(b) mined by all-MiniLM-L6-v2", "by MiniLM", {
-        **STAGE_3, "by MiniLM": "stage-3-minilm"}, *ALL, optional=True),
+        **STAGE_3, "by MiniLM": "stage-3-minilm"}, *MANY, optional=True),
     "stage-3-student": Claim("(c) after 160 steps of stage II", "stage III", {
         "stage II": "long", "as many more texts": "long-more-texts", "stage III": "long-stage-3"},
-        *ALL, optional=True),
+        *MANY, optional=True),
     "stage-3-schedule": Claim("(d) the learning rate of stage III", "3e-4", {
-        "1e-4": "stage-3-0.0001", "3e-4": "stage-3", "1e-3": "stage-3-0.001"}, *ALL,
+        "1e-4": "stage-3-0.0001", "3e-4": "stage-3", "1e-3": "stage-3-0.001"}, *MANY,
         optional=True),
     "stage-3-negatives": Claim("(e) all negatives of the batch", "all", {
-        "own": "stage-3-own", "all": "stage-3"}, *ALL, optional=True),
+        "own": "stage-3-own", "all": "stage-3"}, *MANY, optional=True),
     "batch-size-steps": Claim("larger batches, in as many steps", "4,096", {
         "64": "steps-64", "256": "steps-256", "1,024": "base", "4,096": "steps-4096"}, *NDCG,
         optional=True),
     "no-text-twice": Claim("no text twice in a batch (ours)", "once", {
-        "twice": "repeated", "once": "symptoms"}, *ALL, optional=True),
+        "twice": "repeated", "once": "symptoms"}, *MANY, optional=True),
     "rates": Claim("sampling rates by quality and size", "rates", {
         "equal": "equal-rates", "rates": "base"}, *NDCG, optional=True),
     "pooling": Claim("mean pooling", "mean", {"CLS": "cls", "mean": "base"}, *NDCG, optional=True),
@@ -412,9 +414,11 @@ def scores(run: Path, arm: Arm, args: argparse.Namespace) -> dict:
     held_out = {text_hash(text) for s in sources for row in s.held_out for text in row[:2]}
     apart = {s.name: np.flatnonzero(is_among(s.index["query"], held_out)
                                     | is_among(s.index["positive"], held_out)) for s in sources}
-    found = among(vectors, sources, draw(sources, args.distractors, 0, apart), back=True)
-    if arm.wide:
-        found["all"] = among(vectors, sources, draw(sources, None, 0, apart))
+    found = {}
+    if arm.among != "many":
+        found = among(vectors, sources, draw(sources, args.distractors[0], 0, apart), arm.back)
+    if arm.among != "some":
+        found["many"] = among(vectors, sources, draw(sources, args.distractors[1], 0, apart))
     if arm.corpus is docs:
         runs = [metrics.clustering(encoder, tokenizer, labelled(args), LENGTH, 16384, seed=seed)
                 for seed in range(3)]
@@ -576,7 +580,7 @@ def child(args: argparse.Namespace, name: str, seed: int | str) -> dict:
     with that line where it fails."""
     command = [sys.executable, "-m", "experiments.claims", "--arm", name, "--seed", str(seed),
                "--runs", str(args.runs), "--steps", str(args.steps),
-               "--distractors", str(args.distractors)]
+               "--distractors", *map(str, args.distractors)]
     args.runs.mkdir(parents=True, exist_ok=True)
     log = args.runs / f"{name}-{seed}.log"
     with log.open("w") as file:
@@ -655,7 +659,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--seeds", type=int, default=3)
     add("--figure", type=Path, metavar="FILE", help="an SVG of what is there")
     add("--steps", type=int, default=40, help="of the base")
-    add("--distractors", type=int, default=30_000, help="targets to search among, besides")
+    add("--distractors", type=int, nargs=2, default=[30_000, 100_000], metavar=("SOME", "MANY"),
+        help="targets to search among, besides")
     add("--out", type=Path, default=Path("experiments/claims.json"), metavar="FILE")
     add("--runs", type=Path, default=Path("runs/claims"), metavar="DIR", help="models and rows")
     add("--arm", help=argparse.SUPPRESS)  # of a child
