@@ -7,17 +7,22 @@ Nothing here knows about models, losses or optimizers. Axis letters: W ranks, b 
 import atexit
 import contextlib
 import os
+import platform
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from hashlib import blake2b
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
+
+SILENCE = 60  # seconds that another host may be out of reach; TCP itself would wait 15 minutes
 
 
 class Gather(torch.autograd.Function):
@@ -54,6 +59,7 @@ class Ranks:
         if self.launched:
             self.store = next(dist.rendezvous("env://"))[0]
             self.join(self.store)
+            self.hosts = self.gather_objects(platform.node())
             self.ended = threading.Event()
             self.beats = threading.Thread(target=self._beat, daemon=True)
             self.beats.start()
@@ -136,6 +142,8 @@ class Ranks:
         """A heartbeat in the store, every second: how `lost` tells who is gone."""
         with contextlib.suppress(RuntimeError):  # whoever held the store is gone
             while not self.ended.wait(1):
+                if len(set(self.hosts)) > 1:  # groups, and so connections, come later too
+                    limit_silence()
                 self.store.add(f"beats of {self.rank}", 1)
 
     def _end_beats(self) -> None:
@@ -146,13 +154,40 @@ class Ranks:
 
     def lost(self) -> list[int]:
         """The ranks whose process is gone, asked when something has gone wrong: those that have not
-        beaten for 4 seconds."""
+        beaten for 4 seconds. Where the store is out of reach, all on the host of rank 0, or rank 0
+        alone where that is this host: it may hold the store."""
         if self.world_size == 1:
             return []
+        ranks = range(self.world_size)
         try:
-            before = [self.store.add(f"beats of {r}", 0) for r in range(self.world_size)]
+            before = [self.store.add(f"beats of {r}", 0) for r in ranks]
             time.sleep(4)
-            after = [self.store.add(f"beats of {r}", 0) for r in range(self.world_size)]
-        except RuntimeError:  # rank 0 may hold the store
-            return [0]
-        return [r for r in range(self.world_size) if before[r] == after[r]]
+            after = [self.store.add(f"beats of {r}", 0) for r in ranks]
+        except RuntimeError:
+            far = self.hosts[self.rank] != self.hosts[0]
+            return [r for r in ranks if r == 0 or far and self.hosts[r] == self.hosts[0]]
+        return [r for r in ranks if before[r] == after[r]]
+
+    def speaks(self, lost: list[int]) -> bool:
+        """Whether this is the first on its host of the ranks that are left."""
+        left = set(range(self.world_size)) - set(lost)
+        here = [r for r in left if self.hosts[r] == self.hosts[self.rank]]
+        return self.rank == min(here, default=None)
+
+
+def limit_silence() -> None:
+    """Every TCP connection of this process, gloo's and the store's, fails once the other host has
+    not answered for SILENCE seconds, and with it the call that waits for a rank there. Kernels ask
+    and answer, so a rank may be busy for as long as it likes. (One that is stopped may not while
+    more is sent to it than its buffers hold.)"""
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # no socket, or not TCP's
+            connection = socket.socket(fileno=int(descriptor))
+            try:
+                set_option = partial(connection.setsockopt, socket.IPPROTO_TCP)
+                set_option(socket.TCP_USER_TIMEOUT, 1000 * SILENCE)
+                set_option(socket.TCP_KEEPIDLE, SILENCE // 3)  # asks where nothing is sent
+                set_option(socket.TCP_KEEPINTVL, SILENCE // 6)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            finally:
+                connection.detach()  # it is another's to close

@@ -178,8 +178,9 @@ def report_error(error: BaseException, args: argparse.Namespace | None, ranks: R
     lost = ranks.lost()
     if not lost:
         raise error
-    if ranks.rank == min(set(range(ranks.world_size)) - set(lost)):
-        reason = str(error).splitlines()[0]
-        print(f"train.py: lost rank {', '.join(map(str, lost))} ({reason}); the checkpoints are as "
-              f"they were, and --resume goes on from the last", file=sys.stderr)
+    if ranks.speaks(lost):
+        names = ", ".join(f"{r} on {ranks.hosts[r]}" for r in lost)
+        reason = str(error).splitlines()[0].partition(". ")[0]  # then gloo guesses
+        print(f"train.py: lost rank {names} ({reason}); the checkpoints are as they were, and "
+              f"--resume goes on from the last", file=sys.stderr)
     return 1
