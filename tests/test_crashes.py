@@ -204,7 +204,7 @@ def test_sigterm_to_torchrun_stops_all_ranks_and_a_rank_killed_later_is_named(in
     wait_for(step + 1, "run", process)
     os.kill(int(Path("pid1").read_text()), signal.SIGKILL)
     assert process.wait(timeout=60) != 0
-    assert count("train.py: lost rank 1 (") == 1, said()
+    assert count("train.py: lost rank 1 on ") == 1, said()
     assert saved("run") == [f"{step:08d}"]
     train.main(["--resume", "--out", "run"])
     assert_as_the_whole_run("run")
