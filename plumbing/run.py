@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -181,6 +182,7 @@ def report_error(error: BaseException, args: argparse.Namespace | None, ranks: R
     if ranks.speaks(lost):
         names = ", ".join(f"{r} on {ranks.hosts[r]}" for r in lost)
         reason = str(error).splitlines()[0].partition(". ")[0]  # then gloo guesses
+        reason = re.sub(r"^\[\S+\] ", "", reason)  # a line of its source
         print(f"train.py: lost rank {names} ({reason}); the checkpoints are as they were, and "
               f"--resume goes on from the last", file=sys.stderr)
     return 1
