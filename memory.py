@@ -321,8 +321,8 @@ class ZeroEngine(Engine):
 
 
 def import_deepspeed(device: torch.device):
-    """DeepSpeed without what a user can't act on: which accelerator there is, calls of old names,
-    which op was built. It is built by the ninja that pip has put beside python."""
+    """DeepSpeed without what a user can't act on: which accelerator there is, calls of old names.
+    What a file of --zero makes it compile is built by the ninja that pip has put beside python."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -332,6 +332,9 @@ def import_deepspeed(device: torch.device):
         raise ValueError(f"--zero, and a launcher, need DeepSpeed, which does not open here "
                          f"({error}); one process without --zero does not") from None
     deepspeed.utils.logger.setLevel("ERROR")
+    # Else it compiles an all-reduce that is for inference alone; for the lock of such a compiler,
+    # where that was killed, every later run would wait without end.
+    deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +295,20 @@ def test_kill_9_while_a_cache_is_written_leaves_nothing_after_the_next_start(cop
     process.wait()
     data.load_sources("sources.json")
     assert not list(cache.glob("*.part-*"))
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is installed on Linux alone")
+def test_a_lock_that_a_killed_compiler_left_keeps_nobody_waiting(copy, monkeypatch):
+    """torch's, for an op of DeepSpeed's: it waits for that without end, and without a word."""
+    lock = copy / "extensions/deepspeed_shm_comm/lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(copy / "extensions"))
+    process = crashes.start(copy, [ROOT / "train.py", *FLAGS, "--zero", "2", "--out", "zero"])
+    try:
+        assert process.wait(timeout=120) == 0, Path("log").read_text()
+    finally:
+        process.kill()
 
 
 # a run that diverges
