@@ -40,7 +40,7 @@ from packaging.utils import canonicalize_name
 from tqdm import tqdm
 
 from plumbing.files import publish, sweep
-from plumbing.refusals import run
+from plumbing.refusals import run_command
 
 FORMAT = 1  # raise it whenever the same files give other pairs
 HERE = Path(__file__).resolve().parent
@@ -485,4 +485,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run("installed_docs", main, memory="free some, and begin again")
+    run_command("installed_docs", main, memory="free some, and begin again")

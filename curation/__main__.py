@@ -23,8 +23,8 @@ from curation import reranker
 from curation.filter import filter_pairs
 from curation.mine import EQUAL, mine
 from curation.reranker import make_cross_encoder
-from plumbing import refusals
 from plumbing.flags import LARGEST
+from plumbing.refusals import run_command
 
 COMMANDS = {"filter": filter_pairs, "cross-encoder": make_cross_encoder, "mine": mine}
 AT_LEAST_1 = ("rows", "pool", "top_k", "candidates", "negatives", "batch_size", "chunk",
@@ -133,9 +133,9 @@ def curate(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    refusals.run("curation", partial(curate, argv),
-                 memory="lower --micro-tokens, --chunk, --candidates or --pool",
-                 stopped="stopped; the same command goes on from here")
+    run_command("curation", partial(curate, argv),
+                memory="lower --micro-tokens, --chunk, --candidates or --pool",
+                stopped="stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":

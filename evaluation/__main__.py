@@ -25,7 +25,8 @@ from corpora.prompts import check_file, describe_prompts, parse_prompts
 from evaluation import beir
 from evaluation.embed import MAX_LENGTH, MICRO_TOKENS
 from evaluation.metrics import clustering, retrieval, similarity
-from plumbing import model_directory, refusals
+from plumbing import model_directory
+from plumbing.refusals import run_command
 
 KINDS = {"text": (str,), "a finite number": (int, float), "text or a whole number": (str, int)}
 SCORED = {"sentence1": "text", "sentence2": "text", "score": "a finite number"}
@@ -129,8 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     if (args.max_length or 3) < 3 or args.micro_tokens < 1 or not 0 <= args.seed < 1 << 32:
         parser.error("--max-length is at least 3, [CLS], a token and [SEP], --micro-tokens at "
                      "least 1, and --seed a number of 32 bits")
-    refusals.run("evaluation", lambda: print(json.dumps(measure(args))),
-                 memory="lower --micro-tokens or --max-length")
+    run_command("evaluation", lambda: print(json.dumps(measure(args))),
+                memory="lower --micro-tokens or --max-length")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def run(command: str, call: Callable[[], None], memory: str, stopped: str = "stopped") -> None:
+def run_command(command: str, call: Callable[[], None], memory: str, stopped: str = "stopped"
+                ) -> None:
     """call(); where it cannot go on, a line of `command`, and the exit status: 2 for bad input or a
     full disk, 1 where memory runs out (memory: what takes less), 130 where a signal ends it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)

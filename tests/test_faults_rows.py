@@ -165,11 +165,11 @@ BUILD = """
 import sysconfig
 from pathlib import Path
 from corpora import installed_docs
-from plumbing.refusals import run
+from plumbing.refusals import run_command
 
 if __name__ == "__main__":
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
-    run("installed_docs", lambda: installed_docs.build(Path("built"), {"a==1": files}), "")
+    run_command("installed_docs", lambda: installed_docs.build(Path("built"), {"a==1": files}), "")
 """
 
 
