@@ -3,7 +3,7 @@ compares what they leave with a run that nobody killed.
 
     python -m experiments.crashes
         20 runs of one process: everything must be bit-identical; then 20 tries of each of FAULTS,
-        whose table says in how many the fault was refused, or left no trace
+        whose table says in how many the fault was refused, or left no trace, and what was said
     python -m experiments.crashes --runs 6 --ranks 2 --zero 2
         losses to a relative 1e-6, everything else equal
 
@@ -13,6 +13,7 @@ power cut does to a disk is not tried here.
 """
 
 import argparse
+import gzip
 import json
 import os
 import random
@@ -26,8 +27,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import model
+from curation import cross_encoder
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c d e f g h i j".split()
@@ -35,6 +38,19 @@ STEPS, SAVE_EVERY = 60, 4
 CHECKPOINT, MODEL = "checkpoints/*.part-*", "model.part-*"  # what a kill is aimed at
 FLAGS = ["--sources", "sources.json", "--model", "toy", "--batch-size", "12",
          "--micro-tokens", "128", "--precision", "fp32", "--lr", "1e-3", "--eval-every", "10"]
+BEGIN = [TRAIN, *FLAGS, "--steps", "20", "--out", "never"]
+
+# a default corpus of the standard library alone
+BUILD = """
+import sysconfig
+from pathlib import Path
+from corpora import installed_docs
+from plumbing.refusals import run_command
+
+if __name__ == "__main__":
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+    run_command("installed_docs", lambda: installed_docs.build(Path("built"), {"a==1": files}), "")
+"""
 
 
 # the runs
@@ -55,6 +71,21 @@ def make_toy(folder: Path) -> None:
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     tokenizer = transformers.BertTokenizer(vocab=vocabulary, model_max_length=8192)
     model.save(model.PooledEncoder(model.JinaBertModel(config)), tokenizer, folder / "toy")
+
+
+def make_more(folder: Path) -> None:
+    """more/sources.json, a source of 600 rows, more than a reader's buffer holds, and `reranker`, a
+    cross-encoder that ranks them rightly: a target has the letters of its query, and one more."""
+    (folder / "more").mkdir()
+    letters = random.Random(0).choices(WORDS[5:], k=600 * 8)
+    rows = [letters[i : i + 8] for i in range(0, len(letters), 8)]
+    lines = [json.dumps([" ".join(row), " ".join([*row, row[0]])]) + "\n" for row in rows]
+    (folder / "more/more.jsonl").write_text("".join(lines))
+    sources = [{"name": "more", "path": "more.jsonl", "rate": 1}]
+    (folder / "more/sources.json").write_text(json.dumps(sources))
+    network, tokenizer = cross_encoder.load(folder / "toy", new_head=True)
+    torch.nn.init.constant_(network.classifier.weight, 10)
+    cross_encoder.save(network, tokenizer, folder / "reranker")
 
 
 def toy_text(name: str, i: int, m: int) -> str:
@@ -201,11 +232,27 @@ def differences(run: Path, whole: Path, exact: bool) -> list[str]:
 # the faults: each tried in a folder with the run `whole` -> whether it was survived, what was said
 
 def end(folder: Path, *commands: list) -> tuple[list[int], str]:
-    """Runs them at once -> their exit statuses, sorted, and the error that one has named."""
+    """Runs them at once -> their exit statuses, sorted, and what one has said."""
     (folder / "log").unlink()
     statuses = sorted(process.wait() for process in [start(folder, c) for c in commands])
-    said = (folder / "log").read_text().replace("\r", "\n").splitlines()
-    return statuses, next((line for line in said if line.startswith(("train", "curation:"))), "")
+    return statuses, said(folder)
+
+
+def said(folder: Path) -> str:
+    """The line in which a command has ended."""
+    printed = (folder / "log").read_text().replace("\r", "\n").replace(f"{folder}/", "")
+    names = "train.py: ", "curation: ", "evaluation: ", "installed_docs: "
+    return next((line for line in printed.splitlines() if line.startswith(names)), "")
+
+
+def refused(folder: Path, path: Path, content: bytes | None, command: list) -> tuple[bool, str]:
+    """Whether a command is, while the file has this content, or is not there."""
+    stat, before = path.stat(), path.read_bytes()
+    path.unlink() if content is None else path.write_bytes(content)
+    statuses, line = end(folder, command)
+    path.write_bytes(before)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    return statuses == [2] and line != "", line
 
 
 def resumed(folder: Path) -> tuple[Path, list]:
@@ -220,42 +267,164 @@ def resumed(folder: Path) -> tuple[Path, list]:
 
 def resume_twice(folder: Path, draw: random.Random) -> tuple[bool, str]:
     run, command = resumed(folder)
-    statuses, said = end(folder, command, command)
-    return statuses == [0, 2] and not differences(run, folder / "whole", exact=True), said
+    statuses, line = end(folder, command, command)
+    return statuses == [0, 2] and not differences(run, folder / "whole", exact=True), line
+
+
+def curate_twice(folder: Path, flags: str) -> tuple[bool, str]:
+    command = ["-m", "curation", *flags.split()]
+    alone, out = folder / f"{command[2]}-alone", folder / f"{command[2]}-twice"
+    if not alone.exists():
+        end(folder, [*command, "--out", alone.name])
+    shutil.rmtree(out, ignore_errors=True)
+    statuses, line = end(folder, *[[*command, "--out", out.name]] * 2)
+    one, other = ([path.read_bytes() for path in sorted(place.glob("*.jsonl"))]
+                  for place in (alone, out))
+    return statuses == [0, 2] and one == other != [], line
 
 
 def filter_twice(folder: Path, draw: random.Random) -> tuple[bool, str]:
-    command = "-m curation filter --sources sources.json --model toy --pool 50 --out".split()
-    if not (folder / "alone").exists():
-        end(folder, [*command, "alone"])
-    shutil.rmtree(folder / "filtered", ignore_errors=True)
-    statuses, said = end(folder, *[[*command, "filtered"]] * 2)
-    alone, rows = ((folder / name / "right.jsonl").read_bytes() for name in ("alone", "filtered"))
-    return statuses == [0, 2] and rows == alone, said
+    return curate_twice(folder, "filter --sources sources.json --model toy --pool 50")
+
+
+def mine_twice(folder: Path, draw: random.Random) -> tuple[bool, str]:
+    return curate_twice(folder, "mine --sources more/sources.json --retriever toy --rows 100 "
+                                "--cross-encoder reranker --candidates 20 --chunk 50")
 
 
 def flip_a_bit(folder: Path, draw: random.Random) -> tuple[bool, str]:
     """In a file of the newest checkpoint, or of what is kept of a source."""
     run, resume = resumed(folder)
-    begin = [TRAIN, *FLAGS, "--out", "never"]
-    place, command = draw.choice([(run / "checkpoints", resume), (folder / ".cache", begin)])
+    place, command = draw.choice([(run / "checkpoints", resume), (folder / ".cache", BEGIN)])
     path = draw.choice([path for path in place.rglob("*") if path.is_file() and path.read_bytes()])
-    content = path.read_bytes()
-    flipped = bytearray(content)
-    flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    path.write_bytes(flipped)
-    statuses, said = end(folder, command)
-    path.write_bytes(content)
-    return statuses == [2], said
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    return refused(folder, path, content, command)
 
 
-FAULTS = resume_twice, filter_twice, flip_a_bit
+def lose_a_part(folder: Path, draw: random.Random) -> tuple[bool, str]:
+    """Half of an index, where a source was in state.json, or a checkpoint's tokenizer."""
+    run, resume = resumed(folder)
+    rows, = folder.glob(".cache/*/left-*/rows")
+    state, = run.glob("checkpoints/*/state.json")
+    moved = json.loads(state.read_text())
+    moved["sampler"]["sources"]["left"]["cursor"] += draw.randrange(1, 9)
+    return refused(folder, *draw.choice([
+        (rows, rows.read_bytes()[: rows.stat().st_size // 2], BEGIN),
+        (state, json.dumps(moved).encode(), resume),
+        (state.parent / "model/tokenizer.json", None, resume)]))
+
+
+def change_a_source(folder: Path, draw: random.Random) -> tuple[bool, str]:
+    """Edited, cut or shuffled in its place while a run reads it."""
+    (folder / "log").unlink()
+    shutil.rmtree(folder / "changed", ignore_errors=True)
+    path, step = folder / "more/more.jsonl", draw.randrange(STEPS // 2)
+    before = path.read_bytes()
+    process = start(folder, [*BEGIN, "--sources", "more/sources.json", "--steps", STEPS,
+                             "--out", "changed"])
+    while process.poll() is None and last_step(folder / "changed") < step:
+        time.sleep(0.01)
+    shuffled = draw.sample(before.splitlines(keepends=True), before.count(b"\n"))
+    with open(path, "r+b") as file:
+        file.write(draw.choice([
+            before.replace(b"a", b"b"), before[: len(before) // 2], b"".join(shuffled)]))
+        file.truncate()
+    status = process.wait()
+    path.write_bytes(before)
+    return status == 2 and "more/more.jsonl, line " in said(folder), said(folder)
+
+
+def change_the_case(folder: Path, draw: random.Random) -> tuple[bool, str]:
+    """Of a line of a source, before --resume."""
+    path = folder / "left.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    line = draw.randrange(len(lines))
+    lines[line] = lines[line].upper()
+    caches = set(folder.glob(".cache/*/*"))
+    found = refused(folder, path, b"".join(lines), resumed(folder)[1])
+    for cache in set(folder.glob(".cache/*/*")) - caches:
+        shutil.rmtree(cache)
+    return found
+
+
+def diverge(folder: Path, draw: random.Random) -> tuple[bool, str]:
+    """No checkpoint has a number that is not finite, and if there is one, the advice is good."""
+    shutil.rmtree(folder / "wild", ignore_errors=True)
+    statuses, line = end(folder, [
+        *BEGIN, "--lr", draw.choice(("1e10", "1e3")), "--seed", draw.randrange(1000),
+        "--save-every", 1, "--out", "wild"])
+    tensors = [tensor for path in folder.glob("wild/checkpoints/**/*.safetensors")
+               for tensor in load_file(path).values()]
+    good = statuses == [1] and all(tensor.isfinite().all() for tensor in tensors)
+    if "--resume" in line:
+        good &= end(folder, [TRAIN, "--resume", "--out", "wild", "--lr", "1e-3"])[0] == [0]
+    return good, line
+
+
+def stop_a_build(folder: Path, draw: random.Random) -> tuple[bool, str]:
+    """By kill -9, SIGTERM or Ctrl-C, while others read files for it: none is left."""
+    (folder / "log").unlink()
+    (folder / "build.py").write_text(BUILD)
+    process, number = start(folder, ["build.py"]), draw.choice(
+        (signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+    while process.poll() is None and "file/s" not in (folder / "log").read_text():
+        time.sleep(0.01)
+    time.sleep(draw.random())
+    pids = family(process)
+    process.send_signal(number)
+    status = process.wait()
+    good = gone(pids) and status == (-number if number == signal.SIGKILL else 130)
+    return good and not any(folder.glob("built/*/manifest.json")), said(folder)
+
+
+def gone(pids: list[int], seconds: float = 10) -> bool:
+    """Whether no such process is left after so many seconds."""
+    end = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not alive(pids)
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()
+            and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()]
+
+
+def long_line(folder: Path, draw: random.Random) -> tuple[bool, str]:
+    """Of 64 MB and a byte, as it is or packed."""
+    name, before = draw.choice(("long.jsonl", "long.jsonl.gz")), draw.randrange(5)
+    with (gzip.open if name.endswith(".gz") else open)(folder / name, "wb") as file:
+        file.write(b'["a b", "c d"]\n' * before + bytes((1 << 26) + 1))
+    statuses, line = end(folder, ["-m", "evaluation", "toy", "--pairs", name])
+    return statuses == [2] and f"{name}, line {before + 1}: longer than 64 MB" in line, line
+
+
+FAULTS = (resume_twice, filter_twice, mine_twice, flip_a_bit, lose_a_part, change_a_source,
+          change_the_case, diverge, stop_a_build, long_line)
+
+
+def try_faults(folder: Path, tries: int, draw: random.Random) -> int:
+    """Prints a table -> how many were not survived."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    make_more(folder)
+    lost = 0
+    print("| fault | tries | survived | said |\n| --- | ---: | ---: | --- |")
+    for fault in FAULTS:
+        tried = [fault(folder, draw) for _ in range(tries)]
+        survived = sum(good for good, _ in tried)
+        lost += tries - survived
+        _, line = min(tried, key=lambda found: (found[0], not found[1]))  # what was lost, if any
+        name = fault.__name__.replace("_", " ")
+        print(f"| {name} | {tries} | {survived} | {line} |", flush=True)
+    return lost
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", "--tries", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=20, help="that are killed")
+    parser.add_argument("--tries", type=int, default=20, help="of each fault, on one rank")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--zero", help="ZeRO stage; unset: train.py's default")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -288,12 +457,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.runs} runs of {STEPS} steps on {args.ranks} rank(s), killed {killed} times, "
               f"{writing} of them while writing: {args.runs - different} as the uninterrupted run, "
               f"{to_the_bit} of them to the last bit")
-        print("| fault | tries | survived | said |\n| --- | ---: | ---: | --- |")
-        for fault in FAULTS if args.ranks == 1 else ():
-            tried = [fault(folder, draw) for _ in range(args.runs)]
-            survived = sum(good for good, _ in tried)
-            different += args.runs - survived
-            print(f"| {fault.__name__} | {args.runs} | {survived} | {tried[0][1]} |", flush=True)
+        if args.tries and args.ranks == 1:
+            different += try_faults(folder, args.tries, draw)
     sys.exit(different > 0)
 
 

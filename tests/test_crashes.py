@@ -138,10 +138,12 @@ def assert_as_the_whole_run(run):
 
 # one process
 
-def test_two_runs_killed_at_random_are_bit_identical_to_one_left_alone(capsys):
-    """Dropout 0.1, the second killed while it writes."""
+def test_two_runs_killed_at_random_are_bit_identical_to_one_left_alone(capsys, monkeypatch):
+    """Dropout 0.1, the second killed while it writes. Then a try of three faults."""
+    faults = crashes.resume_twice, crashes.filter_twice, crashes.flip_a_bit
+    monkeypatch.setattr(crashes, "FAULTS", faults)
     with pytest.raises(SystemExit) as stop:
-        crashes.main(["--runs", "2"])
+        crashes.main(["--runs", "2", "--tries", "1"])
     printed = capsys.readouterr().out
     assert not stop.value.code and printed.count("killed at step") >= 2, printed
     assert printed.count("identical: yes") == 2 and "2 of them to the last bit" in printed

@@ -161,22 +161,10 @@ def test_a_line_with_many_positives_is_parsed_once(tmp_path, monkeypatch):
 
 # the default corpus, cut short
 
-BUILD = """
-import sysconfig
-from pathlib import Path
-from corpora import installed_docs
-from plumbing.refusals import run_command
-
-if __name__ == "__main__":
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
-    run_command("installed_docs", lambda: installed_docs.build(Path("built"), {"a==1": files}), "")
-"""
-
-
 @pytest.fixture
 def building(tmp_path):
     """A process that builds a corpus, and those that read for it, in the midst of it."""
-    (tmp_path / "build.py").write_text(BUILD)
+    (tmp_path / "build.py").write_text(crashes.BUILD)
     with open(tmp_path / "said", "wb") as said:
         process = subprocess.Popen(
             [sys.executable, "build.py"], cwd=tmp_path, stdout=said, stderr=said,
@@ -184,26 +172,14 @@ def building(tmp_path):
     while not re.search(rb"\D[1-9]\d*/", (tmp_path / "said").read_bytes()):
         time.sleep(0.05)
     yield process, crashes.family(process)
-    for pid in alive(crashes.family(process)):
+    for pid in crashes.alive(crashes.family(process)):
         os.kill(pid, signal.SIGKILL)
-
-
-def alive(pids):
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()
-            and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()]
-
-
-def wait_until_gone(pids, seconds=10):
-    end = time.monotonic() + seconds
-    while alive(pids) and time.monotonic() < end:
-        time.sleep(0.05)
-    return not alive(pids)
 
 
 def test_the_processes_that_read_for_a_killed_one_end_with_it(building):
     process, family = building
     process.kill()
-    assert len(family) > 1 and wait_until_gone(family)
+    assert len(family) > 1 and crashes.gone(family)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -212,7 +188,7 @@ def test_a_signal_ends_the_building_soon_and_in_one_line(building, tmp_path, num
     """To the process alone, or as a terminal's Ctrl-C to all of its group."""
     process, family = building
     to(process.pid, number)
-    assert wait_until_gone(family) and process.wait() == 130
+    assert crashes.gone(family) and process.wait() == 130
     *_, last = (tmp_path / "said").read_text().splitlines()
     assert last == "installed_docs: stopped" and "Traceback" not in (tmp_path / "said").read_text()
     assert not list((tmp_path / "built").iterdir())
