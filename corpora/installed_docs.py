@@ -23,7 +23,6 @@ import signal
 import sysconfig
 import textwrap
 import threading
-import time
 import tokenize
 import warnings
 import zlib
@@ -332,16 +331,15 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-8", "ignore").decode()
 
 
-def start_worker(parent: int) -> None:
+def start_worker() -> None:
     gc.disable()  # trees have no cycles: to walk them for nothing took a tenth of the time
     warnings.simplefilter("ignore")  # other people's escapes and comparisons
-    threading.Thread(target=end_with, args=[parent], daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def end_with(parent: int) -> None:
-    """Ends this process once its parent was killed, which no pool does."""
-    while os.getppid() == parent:
-        time.sleep(1)
+def end_with_parent() -> None:
+    """Where that is killed, no pool ends its processes."""
+    multiprocessing.parent_process().join()
     os._exit(1)
 
 
@@ -402,16 +400,14 @@ def read_all(files: list[Path]) -> Iterator[dict[str, list[tuple]]]:
     """`read` of each file, in their order. Raises OSError where a process that reads is killed."""
     # spawn: train.py has imported torch by now, and to fork a process that has threads can hang.
     workers, context = min(os.cpu_count() or 1, PROCESSES), multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, start_worker, [os.getpid()])
+    pool = ProcessPoolExecutor(workers, context, start_worker)
     # A Ctrl-C goes to every process of a terminal, and is for this one: the others are started with
     # it blocked. Their tracker goes first, for its start unblocks it.
     resource_tracker.ensure_running()
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        try:
-            results = pool.map(read, files, chunksize=16)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        results = pool.map(read, files, chunksize=16)
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         yield from results
     except BrokenProcessPool:
         raise OSError("a process that reads the packages' files has ended: memory ran out (free "
