@@ -1,15 +1,14 @@
 """What a command has done so far is kept: one that was interrupted goes on where it was.
 
-    OUT.work   arrays and folders by name, each complete or absent     while the command runs
+    OUT.work   folders by name, each complete or absent                while the command runs
     OUT        the results, whole or not at all                        when it is done
 
-Nothing here knows what the arrays are.
+Nothing here knows what is in them.
 """
 
 import glob
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable
 from hashlib import blake2b
@@ -19,9 +18,7 @@ from urllib.parse import quote
 import numpy as np
 from torch import nn
 
-from plumbing.files import (HOST, SEAL, checksum, lock, open_cache, publish, read_json, sweep, sync,
-                            write_json)
-from plumbing.refusals import naming
+from plumbing.files import HOST, lock, open_cache, publish, read_json, sweep, write_whole
 
 
 class Work:
@@ -40,10 +37,9 @@ class Work:
         lock(self.directory)
         self._check_out()  # whoever was at work there may have finished
         self._check_identity(identity)
-        self._write(self.directory / "identity.json",
-                    lambda part: part.write_text(json.dumps(identity)))
+        write_whole(self.directory / "identity.json", json.dumps(identity).encode())
         sweep(self.out.parent, f"{glob.escape(self.out.name)}.part-*-{HOST}")
-        self.sums = read_json(self.directory / SEAL) or {}  # of the arrays
+        sweep(self.directory)
 
     def _check_out(self) -> None:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
@@ -51,7 +47,8 @@ class Work:
 
     def _check_identity(self, identity: dict) -> None:
         path = self.directory / "identity.json"
-        done = {file.name for file in self.directory.iterdir()} - {path.name, "part.json", ".lock"}
+        started = {path.name, f"{path.name}.part", ".lock"}
+        done = {file.name for file in self.directory.iterdir()} - started
         if done and not path.is_file():
             raise ValueError(f"{self.directory}: holds something else, and would be removed at the "
                              f"end; choose another --out")
@@ -66,24 +63,12 @@ class Work:
                                  f"another {what}{values}; remove that folder, or choose another "
                                  f"--out")
 
-    def _write(self, path: Path, write: Callable[[Path], None]) -> None:
-        part = path.with_name(f"part{path.suffix}")
-        with naming(path):
-            write(part)
-            sync(part)
-        os.replace(part, path)
-
     def keep(self, name: str, compute: Callable[[], np.ndarray]) -> Path:
         """The file of the array of that name, computed unless an earlier start did."""
-        path = self.directory / f"{quote(name, '')}.npy"
-        if not path.is_file() or path.name not in self.sums:
-            self._write(path, lambda part: save_array(part, compute()))
-            self.sums[path.name] = checksum(path)
-            self._write(self.directory / SEAL, lambda part: write_json(part, self.sums))
-        elif (found := checksum(path)) != self.sums[path.name]:
-            raise ValueError(f"{path}: found {found}, written were {self.sums[path.name]}; remove "
-                             f"it, and it is made again")
-        return path
+        def write(part: Path) -> None:
+            save_array(part / "array.npy", compute())
+
+        return self.keep_folder(quote(name, ""), write) / "array.npy"
 
     def keep_folder(self, name: str, write: Callable[[Path], None]) -> Path:
         """The folder of that name, filled by write(folder) unless an earlier start did."""

@@ -115,14 +115,24 @@ def check_seal(directory: Path) -> None:
 
 
 def open_cache(directory: Path, write: Callable[[Path], None]) -> Path:
-    """A folder that is made once, by write(part), and checked whenever it is opened."""
+    """A folder that is made once, by write(part), and checked whenever it is opened again."""
     if not directory.is_dir():
         publish(directory, write, replace=False, sealed=True)
+        return directory
     try:
         check_seal(directory)
     except ValueError as error:
         raise ValueError(f"{error}; remove {directory}, and it is made again") from None
     return directory
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file, whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    with naming(path):
+        part.write_bytes(content)
+        sync(part)
+    os.replace(part, path)
 
 
 def sync(path: Path) -> None:

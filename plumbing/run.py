@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from plumbing import refusals
-from plumbing.files import lock
+from plumbing.files import lock, write_whole
 from plumbing.plan import out_of_memory
 from plumbing.ranks import Ranks
 
@@ -51,10 +51,7 @@ def begin(run: Path, first: int) -> None:
     kept = lines_before(path, first)
     for part in [*run.glob("*.part-*"), *run.glob("checkpoints/*.part-*")]:
         shutil.rmtree(part)
-    part = path.with_suffix(".part")
-    with refusals.naming(path):
-        part.write_bytes(b"".join(kept))
-    os.replace(part, path)
+    write_whole(path, b"".join(kept))
     lock(run, shared=True)
 
 
