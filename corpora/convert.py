@@ -139,9 +139,8 @@ DECODER = json.JSONDecoder(object_pairs_hook=json_object)
 
 def lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
     """Raises OSError for a line that memory should not hold."""
-    number = 0
-    while line := file.readline(LONGEST_LINE + 1):
-        number += 1
+    lines = iter(lambda: file.readline(LONGEST_LINE + 1), b"")
+    for number, line in enumerate(lines, 1):
         if len(line) > LONGEST_LINE:
             raise OSError(f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MB; write one "
                           f"value a line, and a row's texts over several rows")
