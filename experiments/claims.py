@@ -3,7 +3,7 @@ claim, over seeds, and whether the two can be told apart.
 
     python -m experiments.claims [--only CLAIM ...] [--seeds N] [--figure FILE.svg]
 
-The base is `tiny` from random weights on the default corpus: 40 steps of 1,024 pairs, 64 tokens.
+The base is `tiny` from random weights on the default corpus: 40 steps of 512 pairs, 32 tokens.
 An arm differs from it in what its claim is about, and has a process of its own, which calls
 train.main: with a flag, or where none reaches, with a function of train's replaced by one of this
 file. Seeds, tokenizer and hold-out are the same in all. What is in --out is not run again; without
@@ -52,7 +52,7 @@ from plumbing.files import publish
 from plumbing.plan import memory_free, memory_held
 from plumbing.ranks import Ranks
 
-BATCH, LENGTH = 1024, 64  # rows and tokens of the base
+BATCH, LENGTH = 512, 32  # rows and tokens of the base
 ROWS = {"filter": 60_000, "filter swapped": 120_000, "mine": 8000}  # curation's --rows
 DOCSTRINGS = "summary_body", "name_summary"  # sources whose targets are docstrings
 LABELLED = 20  # held-out docstrings of a package at least, for it to be a label
@@ -307,8 +307,8 @@ ARMS = {
     "from-queries": Arm(replace=[(train, "step_loss", from_queries)], back=True),
     "from-positives": Arm(replace=[(train, "step_loss", from_positives)], back=True),
     "mixed": Arm(replace=[(data, "SourceBatches", MixedBatches)]),
-    **{f"batch-{rows}": Arm(batch=rows, steps=BATCH / rows) for rows in (64, 256, 4096)},
-    **{f"steps-{rows}": Arm(batch=rows) for rows in (64, 256, 4096)},
+    **{f"batch-{rows}": Arm(batch=rows, steps=BATCH / rows) for rows in (64, 256, 2048)},
+    **{f"steps-{rows}": Arm(batch=rows) for rows in (64, 256, 2048)},
     "without-titles": Arm(sources=without_titles),
     "swapped": Arm(sources=swapped, among="many", wrong=swapped_share),
     "filtered": Arm(sources=filtered, among="many", wrong=swapped_share),
@@ -361,8 +361,8 @@ CLAIMS = {
     "source-wise": Claim("a batch from one source", "one source", BY_SOURCE, *NDCG),
     "source-wise-nearer": Claim("the same: other sources' texts", "one source", BY_SOURCE, *NEARER,
                                 lower=True),
-    "batch-size": Claim("larger batches, of as many pairs in all", "4,096", {
-        "64": "batch-64", "256": "batch-256", "1,024": "base", "4,096": "batch-4096"}, *NDCG),
+    "batch-size": Claim("larger batches, of as many pairs in all", "2,048", {
+        "64": "batch-64", "256": "batch-256", "512": "base", "2,048": "batch-2048"}, *NDCG),
     "title-abstract": Claim("title-abstract pairs help clustering", "with", {
         "without": "without-titles", "with": "base"}, *CLUSTERS),
     "filtering": Claim("consistency filtering", "then filtered", {
@@ -388,8 +388,8 @@ CLAIMS = {
         optional=True),
     "stage-3-negatives": Claim("(e) all negatives of the batch", "all", {
         "own": "stage-3-own", "all": "stage-3"}, *MANY, optional=True),
-    "batch-size-steps": Claim("larger batches, in as many steps", "4,096", {
-        "64": "steps-64", "256": "steps-256", "1,024": "base", "4,096": "steps-4096"}, *NDCG,
+    "batch-size-steps": Claim("larger batches, in as many steps", "2,048", {
+        "64": "steps-64", "256": "steps-256", "512": "base", "2,048": "steps-2048"}, *NDCG,
         optional=True),
     "no-text-twice": Claim("no text twice in a batch (ours)", "once", {
         "twice": "repeated", "once": "symptoms"}, *MANY, optional=True),
@@ -621,8 +621,8 @@ def run_all(names: list[str], args: argparse.Namespace) -> dict:
     keys = dict.fromkeys(key for name in names for key in cells_of(name, args.seeds))
     if not (todo := [key for key in keys if key not in results]):
         return results
-    setting = {"steps": args.steps, "distractors": args.distractors,
-               "corpus": docs(args).parent.name}
+    setting = {"steps": args.steps, "batch": BATCH, "length": LENGTH,
+               "distractors": args.distractors, "corpus": docs(args).parent.name}
     if results.setdefault("setting", setting) != setting:
         raise ValueError(f"{args.out} was made with {results['setting']}, not {setting}; choose "
                          f"another --out and --runs")
