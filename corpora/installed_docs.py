@@ -338,7 +338,7 @@ def start_worker() -> None:
 
 
 def end_with_parent() -> None:
-    """Where that is killed, no pool ends its processes."""
+    """A pool whose own process is killed would leave this one running."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -406,8 +406,10 @@ def read_all(files: list[Path]) -> Iterator[dict[str, list[tuple]]]:
     resource_tracker.ensure_running()
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        results = pool.map(read, files, chunksize=16)
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        try:
+            results = pool.map(read, files, chunksize=16)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         yield from results
     except BrokenProcessPool:
         raise OSError("a process that reads the packages' files has ended: memory ran out (free "

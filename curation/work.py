@@ -20,6 +20,8 @@ from torch import nn
 
 from plumbing.files import HOST, lock, open_cache, publish, read_json, sweep, write_whole
 
+LONGEST_NAME = 150  # of a folder: while it is written it has a suffix, and 255 is the most
+
 
 class Work:
     """OUT.work of a command, until `finish` publishes OUT.
@@ -68,7 +70,10 @@ class Work:
         def write(part: Path) -> None:
             save_array(part / "array.npy", compute())
 
-        return self.keep_folder(quote(name, ""), write) / "array.npy"
+        name = quote(name, "")
+        if len(name) > LONGEST_NAME:
+            name = blake2b(name.encode(), digest_size=8).hexdigest()
+        return self.keep_folder(name, write) / "array.npy"
 
     def keep_folder(self, name: str, write: Callable[[Path], None]) -> Path:
         """The folder of that name, filled by write(folder) unless an earlier start did."""

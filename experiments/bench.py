@@ -42,7 +42,7 @@ import model
 import train
 from corpora import installed_docs, wheels
 from plumbing import plan
-from plumbing.files import publish
+from plumbing.files import publish, write_whole
 from plumbing.ranks import Ranks
 
 SOURCE, TAU, NEGATIVES = "summary_body", 0.05, 15
@@ -275,8 +275,7 @@ def run(cell: Cell, args: argparse.Namespace) -> dict:
         found = no_room(cell) if done.returncode else json.loads(done.stdout.splitlines()[-1])
         print(f"{cell.batch_size / median(found['seconds']):.1f} pairs/s", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_text(json.dumps(found))
-        path.with_suffix(".part").rename(path)
+        write_whole(path, json.dumps(found).encode())
     return json.loads(path.read_text())
 
 

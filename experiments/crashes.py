@@ -13,6 +13,7 @@ power cut does to a disk is not tried here.
 """
 
 import argparse
+import contextlib
 import gzip
 import json
 import os
@@ -246,13 +247,15 @@ def said(folder: Path) -> str:
 
 
 def refused(folder: Path, path: Path, content: bytes | None, command: list) -> tuple[bool, str]:
-    """Whether a command is, while the file has this content, or is not there."""
+    """Whether a command is, in a line that names the file, while that has this content, or is not
+    there."""
+    shutil.rmtree(folder / "never", ignore_errors=True)  # of a run that was not refused
     stat, before = path.stat(), path.read_bytes()
     path.unlink() if content is None else path.write_bytes(content)
     statuses, line = end(folder, command)
     path.write_bytes(before)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    return statuses == [2] and line != "", line
+    return statuses == [2] and path.name in line, line
 
 
 def resumed(folder: Path) -> tuple[Path, list]:
@@ -380,15 +383,19 @@ def stop_a_build(folder: Path, draw: random.Random) -> tuple[bool, str]:
 
 def gone(pids: list[int], seconds: float = 10) -> bool:
     """Whether no such process is left after so many seconds."""
-    end = time.monotonic() + seconds
-    while alive(pids) and time.monotonic() < end:
+    until = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < until:
         time.sleep(0.05)
     return not alive(pids)
 
 
 def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()
-            and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()]
+    found = []
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+                found.append(pid)
+    return found
 
 
 def long_line(folder: Path, draw: random.Random) -> tuple[bool, str]:

@@ -5,7 +5,7 @@ comes of it with a run of one process.
 
 The hosts are network namespaces with a hostname and a rank each, and share the file system, as the
 hosts of a run do. A cut link drops every packet and says so to nobody, as where a switch loses its
-power. Needs Linux, root, /dev/net/tun, `ip` (iproute2) and `unshare` (util-linux). Ends with status
+power. Needs Linux, root, /dev/net/tun, `ip`, `unshare` and `hostname`. Ends with status
 1 where a cell is not OK, 2 where something is missing.
 """
 
@@ -27,12 +27,14 @@ import threading
 import time
 from pathlib import Path
 
-from experiments.crashes import FLAGS, TRAIN, last_step, lines, make_toy, parts, start
+from experiments.crashes import FLAGS as TOY_FLAGS
+from experiments.crashes import TRAIN, last_step, lines, make_toy, parts, start
 
 HOSTS, ADDRESSES = ("alder", "birch"), ("10.213.0.1", "10.213.0.2")
 STEPS, CUT_AT = 40, 12  # the step after which the link is cut
-FLAGS = [*FLAGS, "--dropout", "0", "--steps", STEPS, "--save-every", "8"]
+FLAGS = [*TOY_FLAGS, "--dropout", "0", "--steps", STEPS, "--save-every", "8"]
 TOLERANCE, PATIENCE = 1e-5, 120  # relative, of a loss; seconds until both hosts have ended
+START = 600  # seconds until that step at most
 CELLS = {  # flags, delay in s and loss of the link, seconds that it is cut for
     "ZeRO 2": (["--zero", 2], (), 0),
     "ZeRO 3": (["--zero", 3], (), 0),
@@ -49,15 +51,17 @@ HEAD = """\
 
 def missing() -> str | None:
     """What stands in the way of two hosts here, or None."""
-    absent = [tool for tool in ("ip", "unshare") if not shutil.which(tool)]
+    absent = [tool for tool in ("ip", "unshare", "hostname") if not shutil.which(tool)]
     if absent:
-        return f"needs {', '.join(absent)}: of iproute2 and util-linux, on Linux"
+        return f"needs {', '.join(absent)}, on Linux"
     if os.geteuid():
         return "needs root, for network namespaces"
-    if not os.path.exists("/dev/net/tun"):
-        return "needs /dev/net/tun"
+    try:
+        os.close(os.open("/dev/net/tun", os.O_RDWR))
+    except OSError as error:
+        return f"needs /dev/net/tun ({error.strerror.lower()})"
     made = subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True, text=True)
-    return made.stderr.strip() or None
+    return (made.stderr.strip() or "unshare fails") if made.returncode else None
 
 
 def namespace(host: str) -> str:
@@ -113,15 +117,16 @@ class Link:
 
     def cut(self, run: Path, processes: list[subprocess.Popen], seconds: float) -> float:
         """For so many seconds, after step CUT_AT of a run -> the moment of the cut."""
+        until = time.monotonic() + START
         while last_step(run) < CUT_AT:
-            if any(process.poll() is not None for process in processes):
+            if time.monotonic() > until or any(process.poll() is not None for process in processes):
                 said = "".join((run.parent / host).read_text() for host in HOSTS)
-                raise RuntimeError(f"a host has ended before the cut:\n{said}")
+                raise RuntimeError(f"the run does not come to step {CUT_AT}:\n{said}")
             time.sleep(0.02)
-        self.loss, moment = 1.0, time.monotonic()
+        before, self.loss, moment = self.loss, 1.0, time.monotonic()
         if seconds < PATIENCE:
             time.sleep(seconds)
-            self.loss = 0.0
+            self.loss = before
         return moment
 
     def __exit__(self, *_) -> None:
@@ -142,7 +147,7 @@ def launch(folder: Path, node: int, script: list) -> subprocess.Popen:
     """torchrun, with one rank, on one of the hosts. Its output goes to folder/HOST."""
     host = HOSTS[node]
     command = ["ip", "netns", "exec", namespace(host), "unshare", "--uts",
-               "sh", "-c", f'hostname {host}; exec "$@"', "sh", sys.executable,
+               "sh", "-c", f'hostname {host} && exec "$@"', "sh", sys.executable,
                "-m", "torch.distributed.run", "--nnodes", 2, "--node_rank", node,
                "--nproc_per_node", 1, "--master_addr", ADDRESSES[0], *script]
     with open(folder / host, "w") as log:

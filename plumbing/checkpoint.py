@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -171,6 +172,9 @@ def restore(checkpoint: Checkpoint, engine, precision: str, ranks: Ranks) -> Non
 
 def read(path: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The optimizer's moments and every rank's random state."""
-    moments = load_file(path / "optimizer.safetensors")
-    random_states = load_file(path / "random.safetensors")
+    try:
+        moments = load_file(path / "optimizer.safetensors")
+        random_states = load_file(path / "random.safetensors")
+    except SafetensorError as error:  # rank 0 has checked the files, as its host sees them
+        raise ValueError(f"{path}: does not open ({error})") from None
     return moments, [random_states[rank] for rank in sorted(random_states, key=int)]

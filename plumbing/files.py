@@ -1,5 +1,6 @@
-"""A folder is written whole or not at all: under another name, until every byte is on disk. It is
-read as it was written, and one process at a time goes on with it. And JSON files."""
+"""A folder, or a file, is written whole or not at all: under another name, until every byte is on
+disk. A folder is read as it was written, and one process at a time goes on with it. And JSON files.
+"""
 
 import fcntl
 import json

@@ -155,7 +155,7 @@ class Ranks:
     def lost(self) -> list[int]:
         """The ranks whose process is gone, asked when something has gone wrong: those that have not
         beaten for 4 seconds. Where the store is out of reach, all on the host of rank 0, or rank 0
-        alone where that is this host: it may hold the store."""
+        alone where that is this host: it may hold the store. Never this one."""
         if self.world_size == 1:
             return []
         ranks = range(self.world_size)
@@ -165,7 +165,8 @@ class Ranks:
             after = [self.store.add(f"beats of {r}", 0) for r in ranks]
         except RuntimeError:
             far = self.hosts[self.rank] != self.hosts[0]
-            return [r for r in ranks if r == 0 or far and self.hosts[r] == self.hosts[0]]
+            gone = [r for r in ranks if r == 0 or far and self.hosts[r] == self.hosts[0]]
+            return [r for r in gone if r != self.rank]
         return [r for r in ranks if before[r] == after[r]]
 
     def speaks(self, lost: list[int]) -> bool:
@@ -173,6 +174,13 @@ class Ranks:
         left = set(range(self.world_size)) - set(lost)
         here = [r for r in left if self.hosts[r] == self.hosts[self.rank]]
         return self.rank == min(here, default=None)
+
+    def linger(self, lost: list[int]) -> None:
+        """On the host of rank 0, which holds the store: until ranks on further hosts have noticed
+        and looked there who is lost."""
+        left = {self.hosts[r] for r in range(self.world_size) if r not in lost}
+        if self.hosts[self.rank] == self.hosts[0] and len(left) > 1:
+            time.sleep(SILENCE / 4)
 
 
 def limit_silence() -> None:

@@ -178,8 +178,9 @@ def report_error(error: BaseException, args: argparse.Namespace | None, ranks: R
         raise error
     if ranks.speaks(lost):
         names = ", ".join(f"{r} on {ranks.hosts[r]}" for r in lost)
-        reason = str(error).splitlines()[0].partition(". ")[0]  # then gloo guesses
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # then gloo guesses
         reason = re.sub(r"^\[\S+\] ", "", reason)  # a line of its source
         print(f"train.py: lost rank {names} ({reason}); the checkpoints are as they were, and "
-              f"--resume goes on from the last", file=sys.stderr)
+              f"--resume goes on from the last", file=sys.stderr, flush=True)
+    ranks.linger(lost)
     return 1

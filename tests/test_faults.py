@@ -184,6 +184,14 @@ def test_a_damaged_array_of_curation_is_named_and_made_again(copy, capsys, damag
     assert np.load(again).tolist() == [1, 1, 1]
 
 
+def test_an_array_of_a_source_with_a_long_name_is_kept(copy):
+    """255 characters are the most that a file system takes."""
+    for name in ("a" * 240, "a" * 239 + "b", "\u00e9" * 240):
+        path = Work("out", {}).keep(name, lambda: np.array([len(set(name))]))
+        assert Work("out", {}).keep(name, lambda: None) == path
+        assert np.load(path).tolist() == [len(set(name))]
+
+
 # one process at a time
 
 HOLD = """

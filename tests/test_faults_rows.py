@@ -25,6 +25,8 @@ from experiments import crashes
 from tests.conftest import FLAGS, ROOT
 from train import main as train
 
+needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads Linux's /proc")
+
 
 def corpus(folder, rows, name="a.jsonl"):
     """A manifest of one source of these rows."""
@@ -134,6 +136,7 @@ def test_a_line_that_is_too_long_is_refused_with_its_number(tmp_path, name, monk
         data.load_sources(manifest)
 
 
+@needs_proc
 def test_a_long_line_takes_no_more_memory_than_its_bound(tmp_path):
     """A gzip file of 1 GB in one line."""
     with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
@@ -176,12 +179,14 @@ def building(tmp_path):
         os.kill(pid, signal.SIGKILL)
 
 
+@needs_proc
 def test_the_processes_that_read_for_a_killed_one_end_with_it(building):
     process, family = building
     process.kill()
     assert len(family) > 1 and crashes.gone(family)
 
 
+@needs_proc
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("to", [os.kill, os.killpg])
 def test_a_signal_ends_the_building_soon_and_in_one_line(building, tmp_path, number, to):

@@ -11,8 +11,8 @@ from experiments.crashes import TRAIN, make_toy, start
 from plumbing import ranks
 from plumbing.ranks import Ranks
 
-needs_hosts = pytest.mark.skipif(
-    hosts.missing() is not None, reason=f"two hosts: {hosts.missing()}")
+MISSING = hosts.missing()
+needs_hosts = pytest.mark.skipif(MISSING is not None, reason=f"two hosts: {MISSING}")
 
 
 # what a rank knows, in one process
@@ -63,11 +63,23 @@ def test_the_first_rank_left_on_each_host_names_the_lost_ones(monkeypatch):
     host cannot reach it. On that host itself it went with rank 0."""
     monkeypatch.setattr(ranks.time, "sleep", lambda seconds: None)
     assert [rank(r, Store(silent=[2, 3])).lost() for r in (0, 1)] == [[2, 3]] * 2
-    assert [rank(r, Store(gone=True)).lost() for r in (1, 2, 3)] == [[0], [0, 1], [0, 1]]
+    assert [rank(r, Store(gone=True)).lost() for r in range(4)] == [[], [0], [0, 1], [0, 1]]
     store = Store()
     assert [rank(r, store).speaks([2, 3]) for r in (0, 1)] == [True, False]
     assert [rank(r, store).speaks([0, 1]) for r in (2, 3)] == [True, False]
     assert [rank(r, store).speaks([3]) for r in (0, 1, 2)] == [True, False, True]
+
+
+def test_the_host_with_the_store_waits_until_further_hosts_have_looked_there(monkeypatch):
+    waited = []
+    monkeypatch.setattr(ranks.time, "sleep", waited.append)
+    store = Store()
+    rank(0, store).linger([2, 3])  # nobody else is left
+    rank(2, store).linger([3])  # the store is not here
+    assert waited == []
+    for r in (0, 1):
+        rank(r, store).linger([3])
+    assert waited == [ranks.SILENCE / 4] * 2
 
 
 # two hosts
