@@ -243,13 +243,14 @@ def test_bf16_embeddings_do_not_make_bf16_logits(form):
 
 def test_autocast_around_the_loss_changes_nothing():
     """Orthonormal pairs, k = 512: 2 ln(1 + 511 e^-20) = 2.1065e-6, which bf16 logits would round to
-    0. In tiles the backward pass may be inside as well."""
+    0. In fp32 a CPU's vector lane that holds the 1 loses what is added to it, with 8 lanes an
+    eighth. In tiles the backward pass may be inside as well."""
     texts, identity = random_texts(8, 2, 16, dtype=torch.float32), torch.eye(512)
     outside, gradients = value_and_gradients(hard_negative_loss, texts, 0.05)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = [pair_loss(identity, identity, tau=0.05, form=form).item() for form in FORMS]
         inside, found = value_and_gradients(hard_negative_loss, texts, 0.05)
-    assert losses == pytest.approx([2.1065e-6, 2.1065e-6], abs=3e-7)
+    assert losses == pytest.approx([2.1065e-6, 2.1065e-6], rel=0.2)
     assert inside == outside and all(map(torch.equal, found, gradients))
 
 
