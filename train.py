@@ -105,7 +105,7 @@ def argument_parser() -> argparse.ArgumentParser:
              "ranks, in many micro-batches, with that of plain fp32 in one process and pass")
     add = parser.add_argument_group("the run").add_argument
     add("--steps", type=int, default=36,
-        help="optimizer steps (ours: half an hour on two older CPU cores)")
+        help="optimizer steps (ours: 40 minutes on two older CPU cores)")
     add("--lr", type=float,
         help=f"peak learning rate; unset: 1 / width for random weights (ours), {LR_PRETRAINED} for "
              f"pretrained ones (Nomic Embed's)")

@@ -106,7 +106,8 @@ def with_results(results: dict, claims: list[Claim]) -> list[Claim]:
 
 def table(results: dict, claims: list[Claim], rooms: Rooms) -> str:
     """Markdown."""
-    rows = ["| the paper says | measured | arms, the paper's in bold: mean ± deviation | verdict |",
+    rows = ["| the paper says | measured | arms, the paper's in bold: mean ± deviation | "
+            "verdict |",
             "| --- | --- | --- | --- |"]
     for claim in with_results(results, claims):
         arms = [f"{f'**{label}**' if label == claim.choice else label}: "

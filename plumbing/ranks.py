@@ -167,7 +167,7 @@ class Ranks:
             far = self.hosts[self.rank] != self.hosts[0]
             gone = [r for r in ranks if r == 0 or far and self.hosts[r] == self.hosts[0]]
             return [r for r in gone if r != self.rank]
-        return [r for r in ranks if before[r] == after[r]]
+        return [r for r in ranks if before[r] == after[r] and r != self.rank]
 
     def speaks(self, lost: list[int]) -> bool:
         """Whether this is the first on its host of the ranks that are left."""
