@@ -267,12 +267,14 @@ class SourceBatches(Iterator):
         """Goes on where `state` was taken. Raises ValueError where it was taken of other batches,
         or where a source's place is none that a run can reach."""
         for what in ("seed", "batch_size", "negatives", "corpus", "prompts"):
-            then, now = state.get(what, {}), self.state_dict()[what]
+            then, now, where = state.get(what, {}), self.state_dict()[what], ""
             if what == "corpus" and then != now and isinstance(then, list):  # the first other
-                then, now = next((a, b) for a, b in zip_longest(then, now) if a != b)
+                then, now, source = next(found for found in zip_longest(then, now, self.sources)
+                                         if found[0] != found[1])
+                where = f"{source.path}: " if source else ""
             if then != now:
-                raise ValueError(f"the checkpoint was made with another {what}: {then}, now {now}; "
-                                 f"put that back, or begin a new run")
+                raise ValueError(f"{where}the checkpoint was made with another {what}: {then}, now "
+                                 f"{now}; put that back, or begin a new run")
         self.step = state["step"]
         self.orders.clear()
         for source in self.sources:

@@ -109,7 +109,7 @@ def test_another_case_is_another_corpus(tmp_path, name):
     after, = data.load_sources(corpus(tmp_path, rows, name))
     assert before.fingerprint == same.fingerprint != after.fingerprint
     state = data.SourceBatches([before], 4, seed=0).state_dict()
-    with pytest.raises(ValueError, match="another corpus"):
+    with pytest.raises(ValueError, match=f"{name}: the checkpoint was made with another corpus"):
         data.SourceBatches([after], 4, seed=0).load_state_dict(state)
 
 

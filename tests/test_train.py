@@ -276,7 +276,7 @@ def test_resume_with_other_flags_or_sources_or_a_damaged_checkpoint_is_refused(f
     assert "--stage" in refused(capsys, *resume, "--stage", "3", "--negatives", "2")
     with open("left.jsonl", "a") as file:
         file.write('["one more", "row"]\n')
-    assert "another corpus: " in refused(capsys, *resume)
+    assert "left.jsonl: the checkpoint was made with another corpus: " in refused(capsys, *resume)
     os.truncate("run/checkpoints/00000002/optimizer.safetensors", 100)
     assert "optimizer.safetensors: found 100 bytes" in refused(capsys, *resume)
     os.rename("run/checkpoints", "run/elsewhere")
