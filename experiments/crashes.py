@@ -243,7 +243,7 @@ def said(folder: Path) -> str:
     """The line in which a command has ended."""
     printed = (folder / "log").read_text().replace("\r", "\n").replace(f"{folder}/", "")
     names = "train.py: ", "curation: ", "evaluation: ", "installed_docs: "
-    return next((line for line in printed.splitlines() if line.startswith(names)), "")
+    return next((line for line in printed.splitlines()[::-1] if line.startswith(names)), "")
 
 
 def refused(folder: Path, path: Path, content: bytes | None, command: list) -> tuple[bool, str]:
