@@ -12,14 +12,16 @@ A cell is a process of its own: it opens the model, takes a small step to warm u
 more whole steps, from texts to optimizer, at learning rate 0 and without dropout, so that every
 step of every cell has the same loss to show for it. Ours runs as train.py does. Theirs is
 CachedMultipleNegativesRankingLoss in both directions with AdamW, in a plain loop: their trainer's
-own time is not counted. Its best setting of {fp32, bf16 autocast} x {mini-batch 32, 64} is chosen
-at a batch of 512 pairs; then ours and theirs take turns. Their loss is the mean of the two
+own time is not counted. Its best setting of {fp32, bf16 autocast} x {mini-batches of 16 to 128
+texts, or of 2,048 tokens} is chosen at a batch of 512 pairs; then ours and theirs take turns.
+`--equal-memory` lets ours take what theirs takes. Their loss is the mean of the two
 directions, ours the paper's sum: no time is reported where ours is not twice theirs. A cell that is
 there is not measured again, so an interrupted run goes on, and one with more `--turns` adds to it.
 `--out` keeps the cells, the table as bench.json and, of several batch sizes, bench.svg.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import re
@@ -48,7 +50,8 @@ from plumbing.ranks import Ranks
 SOURCE, TAU, NEGATIVES = "summary_body", 0.05, 15
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-CHOICES = [("fp32", 32), ("fp32", 64), ("bf16", 32), ("bf16", 64)]  # theirs: precision, mini-batch
+# theirs: precision, and texts of a mini-batch, or from 1,000 on its tokens
+CHOICES = [(each, size) for each in ("fp32", "bf16") for size in (16, 32, 64, 128, 2048)]
 OURS = {"best": "auto", "fp32": "fp32"}  # --precision
 CHOSEN_AT = 512  # rows at which theirs are chosen, or fewer where the batch is smaller
 WARM_TEXTS = 256  # of the step before the ones that are timed
@@ -62,7 +65,7 @@ class Cell(NamedTuple):
     batch_size: int
     precision: str  # ours also: auto
     max_length: int
-    setting: int | str  # theirs: texts of a mini-batch; ours: more of train.py's flags
+    setting: int | str  # theirs: of CHOICES; ours: more of train.py's flags
     turn: int
 
 
@@ -196,7 +199,8 @@ class Theirs:
         without_dropout(self.encoder)
         self.encoder.train()
         self.loss = CachedMultipleNegativesRankingLoss(
-            self.encoder, scale=1 / TAU, mini_batch_size=cell.setting,
+            self.encoder, scale=1 / TAU, mini_batch_size=min(cell.setting, 128),
+            mini_batch_num_tokens=cell.setting if cell.setting >= 1000 else None,
             directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
         self.optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=0.0, fused=True)
 
@@ -293,6 +297,9 @@ def compare(name: str, stage: int, batch_size: int, precision: str, args: argpar
     fastest = max(choices, key=lambda cell: pairs_per_second([run(cell, args)]))
     theirs = fastest._replace(stage=stage, batch_size=batch_size)
     ours = theirs._replace(side="ours", precision=OURS[precision], setting=args.flags)
+    if args.equal_memory:
+        room = run(theirs, args)["peak"] / 1e9
+        ours = ours._replace(setting=f"{args.flags} --memory {room:.2f}".strip())
     found = {"ours": [], "theirs": []}
     for turn in range(args.turns):
         for cell in (ours, theirs):
@@ -309,7 +316,7 @@ def compare(name: str, stage: int, batch_size: int, precision: str, args: argpar
     ratios = [median(b["seconds"]) / median(a["seconds"])
               for a, b in zip(found["ours"], found["theirs"])]
     return {"model": name, "stage": stage, "batch_size": batch_size, "precision": precision,
-            "flags": args.flags, "theirs": [fastest.precision, fastest.setting], "speed": speed,
+            "flags": ours.setting, "theirs": [fastest.precision, fastest.setting], "speed": speed,
             "ratio": median(ratios), "ratios": ratios, "peak": peak, "losses": loss,
             "ours": found["ours"][0]}
 
@@ -419,6 +426,8 @@ def main() -> None:
         help="best: auto for ours, for theirs what is fastest; fp32: both. --passes takes the "
              "first")
     add("--flags", default="", help="more of train.py's for ours, as in --flags='--memory 2'")
+    add("--equal-memory", action="store_true",
+        help="ours gets as its --memory what theirs held at most")
     add("--turns", type=int, default=3, help="of ours and theirs")
     add("--steps", type=int, help="of a cell; unset: 3 up to 512 rows, else 1")
     add("--out", type=Path, default=Path("runs/bench"))
@@ -433,6 +442,8 @@ def main() -> None:
                 for name in args.models for batch_size in args.batch_sizes]
         (args.out / "passes.json").write_text(json.dumps(rows, indent=1) + "\n")
         return print(table_of_passes(rows))
+    if not importlib.util.find_spec("matplotlib"):
+        sys.exit("bench: its figure needs matplotlib: pip install -r experiments/requirements.txt")
     rows = []
     for name in args.models:
         for stage in args.stages:
