@@ -410,6 +410,7 @@ MEASURED = 4096  # rows of a batch that are tried, where they fit; beyond, the p
 
 def scores(run: Path, arm: Arm, args: argparse.Namespace) -> dict:
     encoder, tokenizer = model.load(run / "model")
+    memory.mixed_precision(encoder, precision())
     sources = data.load_sources(arm.corpus(args))
     vectors = partial(vectors_of, encoder, tokenizer)
     held_out = {text_hash(text) for s in sources for row in s.held_out for text in row[:2]}
@@ -569,9 +570,13 @@ def memory_cell(cell: str, batch: int) -> dict:
 def machine() -> str:
     info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*:\s*(.*)", info.read_text())[1] if info.is_file() else ""
-    dtype, _ = memory.choose_precision("auto", torch.device("cpu"))
-    return (f"{os.cpu_count()} CPUs, {name or platform.machine()}, trained in {dtype}, torch "
+    return (f"{os.cpu_count()} CPUs, {name or platform.machine()}, trained in {precision()}, torch "
             f"{torch.__version__}")
+
+
+def precision() -> torch.dtype:
+    """train.py's, where nothing is said of it."""
+    return memory.choose_precision("auto", torch.device("cpu"))[0]
 
 
 # all arms
@@ -620,7 +625,7 @@ def run_all(names: list[str], args: argparse.Namespace) -> dict:
     keys = dict.fromkeys(key for name in names for key in cells_of(name, args.seeds))
     if not (todo := [key for key in keys if key not in results]):
         return results
-    setting = {"steps": args.steps, "batch": BATCH, "length": LENGTH,
+    setting = {"steps": args.steps, "batch": BATCH, "length": LENGTH, "precision": str(precision()),
                "distractors": args.distractors, "corpus": docs(args).parent.name}
     if results.setdefault("setting", setting) != setting:
         raise ValueError(f"{args.out} was made with {results['setting']}, not {setting}; choose "

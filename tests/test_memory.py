@@ -306,11 +306,13 @@ def test_a_bert_takes_no_fused_attention_in_bf16(dtype, fused):
     assert ("aten::scaled_dot_product_attention" in operations) == fused
 
 
-@pytest.mark.parametrize("unit, dtype", [
-    ("avx2", torch.float32), ("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.float32)])
-def test_auto_is_bf16_only_where_the_hardware_multiplies_it_fast(monkeypatch, unit, dtype):
+@pytest.mark.parametrize("unit, cpu, dtype", [
+    ("avx2", "AMD EPYC", torch.float32), ("amx_bf16", "Intel Xeon", torch.bfloat16),
+    ("avx512_bf16", "Intel Xeon", torch.float32), ("avx512_bf16", "AMD EPYC", torch.bfloat16)])
+def test_auto_is_bf16_only_where_the_hardware_multiplies_it_fast(monkeypatch, unit, cpu, dtype):
     """The hardware is patched, for a test has no other."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True, "bf16": False})
+    monkeypatch.setattr(torch.cpu, "get_capabilities",
+                        lambda: {unit: True, "bf16": False, "cpu_name": cpu})
     found, reason = memory.choose_precision("auto", torch.device("cpu"))
     assert found == dtype and (unit in reason) == (dtype == torch.bfloat16)
     assert memory.choose_precision("fp32", torch.device("cpu"))[0] == torch.float32
