@@ -319,6 +319,7 @@ ARMS = {
     "stage-3-own": stage_3(mined, replace=[(train, "step_loss", own_negatives)]),
     **{f"stage-3-{lr}": stage_3(mined, lr=lr) for lr in (1e-4, 1e-3)},
     "long": Arm(steps=4, among="many"),
+    "long-tau-0.02": Arm("--tau 0.02", steps=4, among="many"),
     "long-more-texts": go_on(2176, "long"),
     "long-stage-3": stage_3(mined, "long"),
     **{f"planted-{how}": stage_3(partial(planted, how), wrong=false_negatives)
@@ -342,7 +343,8 @@ ALONE = ("many", "held-out", "mean"), "nDCG@10 among held-out targets alone"
 CLUSTERS = ("v_measure",), "V-measure of docstrings by package"
 MEMORY = "memory"  # a claim of its own kind: nothing is trained
 
-DIRECTIONS = {"(3), queries": "from-queries", "(3), positives": "from-positives", "(4)": "base"}
+DIRECTIONS = {"(3), from queries": "from-queries", "(3), from targets": "from-positives",
+              "(4)": "base"}
 STAGE_3 = {"stage II": "base", "as many more steps": "more-steps",
            "as many more texts": "more-texts", "stage III": "stage-3"}
 BY_SOURCE = {"mixed": "mixed", "one source": "base"}
@@ -388,6 +390,8 @@ CLAIMS = {
         optional=True),
     "stage-3-negatives": Claim("(e) all negatives of the batch", "all", {
         "own": "stage-3-own", "all": "stage-3"}, *MANY, optional=True),
+    "tau-later": Claim("tau after 160 steps", ".05", {".02": "long-tau-0.02", ".05": "long"}, *MANY,
+                       optional=True),
     "batch-size-steps": Claim("larger batches, in as many steps", "2,048", {
         "64": "steps-64", "256": "steps-256", "512": "base", "2,048": "steps-2048"}, *NDCG,
         optional=True),
@@ -606,7 +610,7 @@ def write_results(path: Path, results: dict) -> None:
 def cells_of(claim: str, seeds: int) -> list[str]:
     """Keys of results: "arm/seed", or of memory "memory way/batch"."""
     if claim == MEMORY:
-        return [f"{MEMORY} {way}/{batch}" for way in CELLS for batch in BATCHES]
+        return [f"{MEMORY} {way}/{batch}" for way in CELLS for batch in BATCHES if seeds]
     return [f"{arm}/{seed}" for arm in CLAIMS[claim].arms.values() for seed in range(seeds)]
 
 
