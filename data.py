@@ -27,7 +27,7 @@ from transformers import BertTokenizer
 
 from corpora.convert import read_rows
 from corpora.formats import Columns, Prompts, Row, text_hash
-from corpora.index import is_among, open_index
+from corpora.index import count_distinct, is_among, open_index
 from corpora.manifest import read_manifest
 from plumbing.files import open_cache, sweep
 
@@ -67,7 +67,7 @@ class Source:
     def usable(self, row_ids: np.ndarray) -> int:
         """How many of these rows one batch can hold at most. No text stands twice in it, so no more
         than there are distinct queries, or distinct positives."""
-        return min(len(np.unique(self.index[side][row_ids])) for side in ("query", "positive"))
+        return min(count_distinct(self.index[side][row_ids]) for side in ("query", "positive"))
 
 
 def load_sources(manifest: Path | str) -> list[Source]:

@@ -168,3 +168,9 @@ def hexdigest(*parts: bytes | np.ndarray) -> str:
 def is_among(hashes: np.ndarray, some: set[int]) -> np.ndarray:
     """For each hash, whether it is one of some. -> bool, of the same shape."""
     return np.isin(hashes, np.array(list(some), HASH))
+
+
+def count_distinct(hashes: np.ndarray) -> int:
+    """Sorted, for the table that np.unique makes of 3 million takes four times as long."""
+    ordered = np.sort(hashes)
+    return np.count_nonzero(ordered[1:] != ordered[:-1]) + min(len(ordered), 1)

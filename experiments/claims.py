@@ -320,6 +320,7 @@ ARMS = {
     **{f"stage-3-{lr}": stage_3(mined, lr=lr) for lr in (1e-4, 1e-3)},
     "long": Arm(steps=4, among="many"),
     "long-tau-0.02": Arm("--tau 0.02", steps=4, among="many"),
+    "long-mixed": Arm(replace=[(data, "SourceBatches", MixedBatches)], steps=4, among="many"),
     "long-more-texts": go_on(2176, "long"),
     "long-stage-3": stage_3(mined, "long"),
     **{f"planted-{how}": stage_3(partial(planted, how), wrong=false_negatives)
@@ -361,6 +362,8 @@ CLAIMS = {
     "directions": Claim("loss in both directions: search for targets", "(4)", DIRECTIONS, *NDCG),
     "directions-back": Claim("the same: search for queries", "(4)", DIRECTIONS, *BACK),
     "source-wise": Claim("a batch from one source", "one source", BY_SOURCE, *NDCG),
+    "source-wise-alone": Claim("the same: among its own targets", "one source", BY_SOURCE,
+                               ("held-out", "mean"), "nDCG@10 among held-out targets alone"),
     "source-wise-nearer": Claim("the same: other sources' texts", "one source", BY_SOURCE, *NEARER,
                                 lower=True),
     "batch-size": Claim("larger batches, of as many pairs in all", "2,048", {
@@ -390,6 +393,8 @@ CLAIMS = {
         optional=True),
     "stage-3-negatives": Claim("(e) all negatives of the batch", "all", {
         "own": "stage-3-own", "all": "stage-3"}, *MANY, optional=True),
+    "source-wise-later": Claim("a batch from one source, after 160 steps", "one source", {
+        "mixed": "long-mixed", "one source": "long"}, *MANY, optional=True),
     "tau-later": Claim("tau after 160 steps", ".05", {".02": "long-tau-0.02", ".05": "long"}, *MANY,
                        optional=True),
     "batch-size-steps": Claim("larger batches, in as many steps", "2,048", {
