@@ -99,7 +99,7 @@ def test_the_libraries_errors_of_a_full_disk_become_one_oserror(tmp_path, error)
 
 
 def test_what_a_killed_process_with_the_same_number_left_is_in_nobody_s_way(tmp_path):
-    (tmp_path / f"new.part-{os.getpid()}").mkdir()
+    (tmp_path / f"new.part-{os.getpid()}-{files.HOST}").mkdir()
     files.publish(tmp_path / "new", lambda part: (part / "file").write_text("x"))
     assert os.listdir(tmp_path / "new") == ["file"]
 
@@ -108,9 +108,10 @@ def test_what_a_killed_process_left_half_written_is_no_checkpoint_and_goes_when_
         tmp_path):
     save(tmp_path, 1)
     (tmp_path / "checkpoints" / "00000002.part-77").mkdir()
+    (tmp_path / "model.part-77").mkdir()
     assert checkpoint.newest(str(tmp_path)).state["step"] == 1
     run.begin(tmp_path, first=2)
-    assert saved(tmp_path) == ["00000001"]
+    assert saved(tmp_path) == ["00000001"] and not (tmp_path / "model.part-77").exists()
 
 
 def truncate(name, size):
@@ -160,6 +161,40 @@ def test_of_two_runs_that_begin_at_once_the_second_is_refused(tmp_path, monkeypa
     with pytest.raises(FileExistsError, match="runs/001/metrics.jsonl"):
         run.begin(second, first=1)
     assert (first / "metrics.jsonl").read_text() == '{"step": 0}\n'
+
+
+@pytest.fixture
+def another_process(monkeypatch):
+    """From then on what this process holds is another's: the kernel goes by the open file."""
+    return lambda: monkeypatch.setattr(files, "LOCKS", {})
+
+
+def test_the_run_that_is_gone_on_with_is_held_before_it_is_looked_at(tmp_path, another_process):
+    save(tmp_path, 1)
+    checkpoint.newest(str(tmp_path))
+    another_process()
+    with pytest.raises(BlockingIOError, match="at work there"):
+        checkpoint.newest(str(tmp_path))
+
+
+def test_a_rank_that_outlives_its_launcher_keeps_others_out_and_lets_ranks_in(
+        tmp_path, another_process):
+    save(tmp_path, 1)
+    run.Metrics(tmp_path, writes=False)
+    another_process()
+    run.Metrics(tmp_path, writes=False)
+    with pytest.raises(BlockingIOError, match="at work there"):
+        checkpoint.newest(str(tmp_path))
+
+
+def test_a_run_that_has_begun_lets_other_ranks_in_and_no_other_run(tmp_path, another_process):
+    save(tmp_path, 1)
+    checkpoint.newest(str(tmp_path))
+    run.begin(tmp_path, first=2)
+    another_process()
+    run.Metrics(tmp_path, writes=False)
+    with pytest.raises(BlockingIOError, match="at work there"):
+        checkpoint.newest(str(tmp_path))
 
 
 def test_metrics_from_the_first_step_to_come_are_cut_off(tmp_path):

@@ -763,6 +763,7 @@ def test_a_cross_encoder_is_trained_on_rows_that_are_not_mined_or_says_so(
     ("mine", ["--margin", -0.1], "--margin -0.1: expected at least 0 and less than 1"),
     ("mine", ["--margin", 1.0], "--margin 1.0: expected at least 0 and less than 1"),
     ("cross-encoder", ["--lr", "nan"], "--lr nan: expected a number above 0"),
+    ("cross-encoder", ["--lr", "inf"], "--lr inf: expected a number above 0"),
     ("filter", ["--seed", -1], "--seed -1: expected 0 or more"),
     ("mine", ["--max-length", 2], "--max-length 2: expected 3 to 512 tokens"),
 ])

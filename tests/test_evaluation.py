@@ -394,7 +394,8 @@ def test_a_saved_encoder_is_measured_from_outside(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--max-length", "2"], ["--micro-tokens", "0"], ["--scored", "b.jsonl"]])
+    ["--max-length", "2"], ["--micro-tokens", "0"], ["--scored", "b.jsonl"],
+    ["--seed", "4294967296"]])
 def test_flags_that_cannot_work_are_refused(capsys, flags):
     """Two tokens leave no room for a word; a forward pass needs a token; one file is measured at a
     time."""

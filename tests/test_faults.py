@@ -2,6 +2,8 @@
 on with status 0 and another result.
 """
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -143,6 +145,15 @@ def test_state_json_is_checked_as_a_whole(copy, capsys, change):
     assert "checksum" not in refused(capsys, train.main, "--resume", "--out", "run")
 
 
+@pytest.mark.parametrize("flag, value", [
+    ("lr", "fast"), ("batch_size", 1.5), ("steps", True), ("stage", 4),
+    ("checkpoint_layers", "yes")])
+def test_a_flag_in_state_json_that_is_none_of_its_values_is_named(flag, value):
+    state = {"step": 1, "args": {flag: value}, "chosen": {}, "loss_scale": {},
+             "sampler": {"step": 1}}
+    assert checkpoint.damage(state, 1, train.argument_parser()) == flag
+
+
 @pytest.mark.parametrize("file, damage", [
     ("rows", halve), ("rows", flip), ("rows", Path.unlink)])
 def test_a_damaged_index_is_named_and_made_again(copy, capsys, file, damage):
@@ -246,6 +257,50 @@ def test_ranks_share_a_run(tmp_path, holder):
         files.lock(tmp_path)
 
 
+def test_a_folder_is_not_let_go_of_where_it_is_held_in_another_way(tmp_path, monkeypatch):
+    def tried(file, how):
+        with open(tmp_path / ".lock") as another, pytest.raises(BlockingIOError):
+            flock(another, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(file, how)
+
+    files.lock(tmp_path)
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", tried)
+    files.lock(tmp_path, shared=True)
+
+
+def test_who_held_a_folder_before_is_not_named_beside_who_does(tmp_path):
+    (tmp_path / ".lock").write_text("process 1 on elsewhere\n")
+    files.lock(tmp_path)
+    assert re.fullmatch(f"process {os.getpid()} on .*\n", (tmp_path / ".lock").read_text())
+
+
+def test_where_a_file_system_has_no_locks_that_is_said_once(tmp_path, capsys, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    files.lock(tmp_path)
+    files.lock(tmp_path, shared=True)
+    said, = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"{tmp_path}: cannot be locked ([Errno ") and "nothing else" in said
+
+
+@pytest.mark.parametrize("file, said", [
+    ("out/manifest.json", "is not empty; choose another"),
+    ("out.work/identity.json", "holds the work of another command, with another seed")])
+def test_what_another_process_does_until_the_lock_is_had_is_seen(copy, monkeypatch, file, said):
+    """It ends well, or begins and is killed."""
+    def lock(folder):
+        for path in (copy / "out", copy / "out.work/array"):
+            path.mkdir(exist_ok=True)
+        (copy / file).write_text('{"seed": 1}')
+
+    monkeypatch.setattr("curation.work.lock", lock)
+    with pytest.raises(ValueError, match=said):
+        Work("out", {"seed": 0})
+
+
 def test_of_two_curations_of_one_out_the_second_ends_with_2(copy, capsys, holder):
     Path("out.work").mkdir()
     process = holder("out.work")
@@ -278,12 +333,25 @@ def test_parts_of_dead_processes_are_swept_and_no_others(tmp_path, dead):
     assert sorted(os.listdir(tmp_path)) == list(stay)
 
 
+def test_a_part_of_another_user_s_process_stays(tmp_path, monkeypatch):
+    def not_permitted(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    (tmp_path / "a.part-1").mkdir()
+    monkeypatch.setattr(os, "kill", not_permitted)
+    files.sweep(tmp_path)
+    assert os.listdir(tmp_path) == ["a.part-1"]
+
+
 def test_beside_out_what_is_named_like_a_part_by_somebody_else_stays(tmp_path, dead):
     for name in (f"out.part-{dead}", f"other.part-{dead}-{HOST}", f"out.part-{dead}-{HOST}"):
         (tmp_path / name).mkdir()
     Work(str(tmp_path / "out"), {})
     assert sorted(os.listdir(tmp_path)) == [
         f"other.part-{dead}-{HOST}", f"out.part-{dead}", "out.work"]
+    (tmp_path / f"out.work/pool-0.part-{dead}-{HOST}").mkdir()
+    Work(str(tmp_path / "out"), {})
+    assert sorted(os.listdir(tmp_path / "out.work")) == [".lock", "identity.json"]
 
 
 PUBLISH = """

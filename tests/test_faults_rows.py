@@ -1,6 +1,7 @@
 """Rows that change while a run reads them, lines too long to read, and a default corpus whose
 building is cut short: a run ends, in one line, and leaves nothing behind."""
 
+import errno
 import gzip
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,11 @@ from corpora import convert, index
 from curation.__main__ import main as curate
 from evaluation.__main__ import main as evaluate
 from experiments import crashes
-from tests.conftest import FLAGS, ROOT
+from plumbing import files
+from plumbing.probe import try_length
+from plumbing.refusals import line_of, run_command
+from plumbing.run import Metrics
+from tests.conftest import FLAGS, ROOT, small_encoder
 from train import main as train
 
 needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads Linux's /proc")
@@ -165,18 +171,25 @@ def test_a_line_with_many_positives_is_parsed_once(tmp_path, monkeypatch):
 # the default corpus, cut short
 
 @pytest.fixture
-def building(tmp_path):
-    """A process that builds a corpus, and those that read for it, in the midst of it."""
+def begun(tmp_path):
+    """A process that begins to build a corpus."""
     (tmp_path / "build.py").write_text(crashes.BUILD)
     with open(tmp_path / "said", "wb") as said:
         process = subprocess.Popen(
             [sys.executable, "build.py"], cwd=tmp_path, stdout=said, stderr=said,
             start_new_session=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    yield process
+    with suppress(ProcessLookupError):  # those that read for it too, whose parent may be gone
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def building(begun, tmp_path):
+    """The process, and those that read for it, in the midst of it."""
     while not re.search(rb"\D[1-9]\d*/", (tmp_path / "said").read_bytes()):
         time.sleep(0.05)
-    yield process, crashes.family(process)
-    for pid in crashes.alive(crashes.family(process)):
-        os.kill(pid, signal.SIGKILL)
+    return begun, crashes.family(begun)
 
 
 @needs_proc
@@ -197,6 +210,30 @@ def test_a_signal_ends_the_building_soon_and_in_one_line(building, tmp_path, num
     *_, last = (tmp_path / "said").read_text().splitlines()
     assert last == "installed_docs: stopped" and "Traceback" not in (tmp_path / "said").read_text()
     assert not list((tmp_path / "built").iterdir())
+
+
+@needs_proc
+def test_a_build_whose_reader_is_killed_says_so(building, tmp_path):
+    """As Linux does where memory runs out."""
+    process, family = building
+    reader = [pid for pid in family if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(reader[0], signal.SIGKILL)
+    assert crashes.gone(family) and process.wait() == 2
+    said = (tmp_path / "said").read_text()
+    assert "installed_docs: a process that reads the packages' files has ended: memory ran" in said
+    assert "Traceback" not in said and not list((tmp_path / "built").iterdir())
+
+
+@needs_proc
+def test_a_ctrl_c_while_those_that_read_start_is_one_line_too(begun, tmp_path):
+    """A terminal sends it to them as well, before they could say what becomes of it."""
+    while len(family := crashes.family(begun)) < 3:  # the first is a tracker of resources
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.killpg(begun.pid, signal.SIGINT)
+    assert crashes.gone(family) and begun.wait() == 130
+    said = (tmp_path / "said").read_text()
+    assert said.endswith("installed_docs: stopped\n") and "Traceback" not in said
 
 
 # what else ends a command
@@ -237,6 +274,38 @@ def test_out_of_memory_says_what_to_lower(folder, capsys, monkeypatch, command, 
     assert status == 1 and "out of memory; lower --micro-tokens" in line
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")])
+@pytest.mark.parametrize("command, argv", [(train, FLAGS), (curate, FILTER)])
+def test_all_that_say_out_of_memory_are_understood(
+        folder, capsys, monkeypatch, command, argv, error):
+    def load(name):
+        raise error
+
+    monkeypatch.setattr("model.load", load)
+    status, line = refused(capsys, command, *argv)
+    assert status == 1 and line.startswith("out of memory")
+
+
+def test_an_error_of_our_own_keeps_its_traceback():
+    def call():
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run_command("curation", call, memory="")
+
+
+def test_a_long_text_for_which_memory_runs_out_is_not_said_to_be_too_long(tokenizer, monkeypatch):
+    def forward(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    encoder = small_encoder()
+    monkeypatch.setattr(encoder, "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        try_length(encoder, tokenizer, 8, [])
+
+
 @pytest.mark.parametrize("command, argv, size", [
     *((train, [*FLAGS, "--steps", 2, "--out", "new"], size) for size in (100, 5000, 20000, 100000)),
     *((curate, FILTER, size) for size in (100, 5000, 6500))])
@@ -250,6 +319,22 @@ def test_what_cannot_be_written_is_named_with_a_way_out(folder, capsys, command,
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 2 and str(folder) in str(Path(line.split(":")[0].split(" ")[0]).resolve())
     assert "make room there" in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's")
+@pytest.mark.parametrize("full, write", [
+    ("metrics.jsonl", lambda folder: Metrics(folder)(step=1)), (".lock", files.lock),
+    ("new.json.part", lambda folder: files.write_whole(folder / "new.json", b"{}"))])
+def test_a_file_on_a_full_disk_is_named(tmp_path, full, write):
+    (tmp_path / full).symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        write(tmp_path)
+    assert line_of(error.value).startswith(str(tmp_path / full.removesuffix(".part")))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_quota_is_a_full_disk(number):
+    assert line_of(OSError(number, "", "a/file")).endswith("make room there, or write elsewhere")
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="root is refused nothing")
@@ -270,6 +355,7 @@ def test_no_permission_is_not_no_file(folder, path):
 @pytest.mark.parametrize("damage", [
     b"{}\n", b'{"step": null}\n', b'{"step": 1\n', b"[1]\n", b"\xff\n", b"1\n", b"[" * 9999 + b"\n",
     b'{"step": 1, "evaluation": {"mean": {}}}\n', b'{"step": 1, "evaluation": 1}\n',
+    b'{"step": 1, "evaluation": {"mean": {}, "sources": [1]}}\n',
     b'{"step": 1, "evaluation": {"mean": {}, "sources": {"left": {"targets": "3"}}}}\n'])
 def test_a_damaged_line_of_metrics_is_refused_by_its_number(folder, capsys, damage):
     train([*FLAGS, "--steps", "2", "--out", "run"])

@@ -3,8 +3,10 @@ and all or nothing."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -220,6 +222,43 @@ def test_an_interrupted_build_leaves_nothing(tree, monkeypatch):
             installed_docs.build(tree / "built", roots(tree))
     assert list((tree / "built").iterdir()) == []
     assert installed_docs.build(tree / "built", roots(tree)).exists()
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_ctrl_c_is_blocked_only_while_those_that_read_start(monkeypatch, starts):
+    class Pool:
+        def __init__(self, *_):
+            pass
+
+        def map(self, *_, **__):
+            masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+            if not starts:
+                raise BlockingIOError("no more processes")
+            return []
+
+        def shutdown(self, **_):
+            pass
+
+    masks = []
+    monkeypatch.setattr(installed_docs, "ProcessPoolExecutor", Pool)
+    with nullcontext() if starts else pytest.raises(BlockingIOError):
+        list(installed_docs.read_all([]))
+    masks.append(signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT]))
+    assert [signal.SIGINT in mask for mask in masks] == [True, False]
+
+
+def test_those_that_read_are_ended_before_an_error_is_said(monkeypatch):
+    def read_all(files):
+        try:
+            yield {"no such source": []}
+        finally:
+            ended.append(files)
+
+    ended = []
+    monkeypatch.setattr(installed_docs, "read_all", read_all)
+    with pytest.raises(KeyError) as error:  # its traceback holds what was at work
+        installed_docs.unique([])
+    assert ended and error
 
 
 def test_a_build_is_done_once_and_anew_for_other_versions(tree):

@@ -3,6 +3,7 @@ what it says of bad input.
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -17,8 +18,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import memory
 import model
 import train
+from plumbing import run
 from plumbing.files import checksum
 from tests.conftest import FLAGS, ROOT, python
 
@@ -118,6 +121,22 @@ def stop_after_a_step(run):
     threading.Thread(target=wait_and_stop, daemon=True).start()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_remembered_and_only_a_later_ctrl_c_ends_a_run_at_once(
+        monkeypatch, number):
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=100.0)
+    monkeypatch.setattr(run, "time", clock)
+    stop = run.StopSignal()
+    os.kill(os.getpid(), number)
+    clock.now += 1.9
+    os.kill(os.getpid(), signal.SIGINT)  # the launcher's, of the same stop
+    clock.now += 0.2
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.name == signal.Signals(number).name
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_a_run_stopped_and_resumed_ends_in_bit_identical_weights(folder, stage):
     """Dropout 0.1, fp32, CPU: 50 steps at once, against a SIGTERM and the rest by `--resume`
@@ -179,6 +198,13 @@ def test_a_loss_that_is_not_finite_names_step_and_source_and_keeps_the_checkpoin
     assert re.search("step 4, source (left|right): loss nan", said) and "--lr" in said
     assert os.listdir("run/checkpoints") == ["00000002"]
     assert_equal(before, weights("run/checkpoints/00000002"))
+
+
+def test_a_gradient_norm_that_is_not_finite_is_null_in_metrics(folder, monkeypatch):
+    """Infinity is no JSON."""
+    monkeypatch.setattr(memory.Engine, "step", lambda *_: math.inf)
+    train.main([*FLAGS, "--steps", "2", "--out", "run"])
+    assert steps("run", "grad_norm") == [None, None]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells its memory")

@@ -8,12 +8,15 @@ import io
 import json
 import os
 import sqlite3
+import subprocess
+import sys
 import zipfile
 
 import pytest
 
 import data
 from corpora import wheels
+from plumbing.files import HOST
 
 LONG = ("This speech is about harbours, about the boats in them and about the people who mend "
         "their nets on the quay while it rains, at some length.")
@@ -247,6 +250,14 @@ def test_a_build_is_a_manifest_with_rates_kinds_and_licences(index, tmp_path, ca
         "hpo_synonym_term": (0.326727, "similarity")}
     licences = {entry["name"]: entry["licence"] for entry in json.loads(manifest.read_text())}
     assert licences["bible"] == "public domain (wheel: MIT)"
+
+
+def test_what_a_killed_build_left_goes_with_the_next(index, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f"built/wheels-1.part-{dead.pid}-{HOST}").mkdir(parents=True)
+    index("bible", WHEELS["bible"])
+    assert left(tmp_path) and [wheels.build(names=["bible"]).parent] == left(tmp_path)
 
 
 def test_the_order_of_names_does_not_change_a_build(index, tmp_path):
