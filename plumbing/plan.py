@@ -207,8 +207,9 @@ def out_of_memory(error: Exception, args: argparse.Namespace, device: torch.devi
     if most:
         gigabytes = 0.8 * min(most, args.memory or most)
         ways.append(f"--memory {gigabytes:.2g} keeps fewer activations")
-    if args.micro_tokens != "auto" and args.micro_tokens > args.max_length:
-        half = max(args.max_length, args.micro_tokens // 2)
+    length = args.max_length  # None until the model is open
+    if length and args.micro_tokens != "auto" and args.micro_tokens > length:
+        half = max(length, args.micro_tokens // 2)
         ways.append(f"--micro-tokens {half} makes the passes smaller")
     if not args.checkpoint_layers:
         ways.append("--checkpoint-layers keeps only what enters the layers")
