@@ -31,7 +31,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from itertools import groupby
-from multiprocessing import resource_tracker
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -402,8 +401,7 @@ def read_all(files: list[Path]) -> Iterator[dict[str, list[tuple]]]:
     workers, context = min(os.cpu_count() or 1, PROCESSES), multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, start_worker)
     # A Ctrl-C goes to every process of a terminal, and is for this one: the others are started with
-    # it blocked. Their tracker goes first, for its start unblocks it.
-    resource_tracker.ensure_running()
+    # it blocked. (Their tracker, whose start unblocks it, runs since the pool has queues.)
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         try:
