@@ -301,8 +301,9 @@ def go_on(batch: int, start: str = "base") -> Arm:
 
 
 def sized(rows: int, steps: float) -> Arm:
-    """At a rate as the root of the batch size: at the base's, 1 / 256, batches of 64 collapse."""
-    return Arm(f"--lr {(rows / BATCH) ** 0.5 / 256:.4f}", batch=rows, steps=steps)
+    """Smaller batches at a rate as the root of their size: at the base's, 1 / 256, those of 64
+    collapse. So do larger ones at more."""
+    return Arm(f"--lr {min(1, rows / BATCH) ** 0.5 / 256:.4f}", batch=rows, steps=steps)
 
 
 TERMS, DEFINITIONS = "hpo_synonym_term", "hpo_synonym_definition"
