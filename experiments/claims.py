@@ -3,7 +3,7 @@ claim, over seeds, and whether the two can be told apart.
 
     python -m experiments.claims [--only CLAIM ...] [--seeds N] [--figure FILE.svg]
 
-The base is `tiny` from random weights on the default corpus: 40 steps of 512 pairs, 32 tokens.
+The base is `tiny` from random weights on the default corpus: 160 steps of 256 pairs, 32 tokens.
 An arm differs from it in what its claim is about, and has a process of its own, which calls
 train.main: with a flag, or where none reaches, with a function of train's replaced by one of this
 file. Seeds, tokenizer and hold-out are the same in all. What is in --out is not run again; without
@@ -52,7 +52,7 @@ from plumbing.files import publish, write_whole
 from plumbing.plan import memory_free, memory_held
 from plumbing.ranks import Ranks
 
-BATCH, LENGTH = 512, 32  # rows and tokens of the base
+BATCH, LENGTH = 256, 32  # rows and tokens of the base
 ROWS = {"filter": 60_000, "filter swapped": 120_000, "mine": 8000}  # curation's --rows
 DOCSTRINGS = "summary_body", "name_summary"  # sources whose targets are docstrings
 LABELLED = 20  # held-out docstrings of a package at least, for it to be a label
@@ -291,19 +291,13 @@ class Arm(NamedTuple):
 
 
 def stage_3(sources: Callable, start: str = "base", lr: float = 3e-4, **fields) -> Arm:
-    return Arm(f"--stage 3 --lr {lr}", sources=sources, batch=256, steps=0.5, start=start,
+    return Arm(f"--stage 3 --lr {lr}", sources=sources, batch=256, steps=1 / 8, start=start,
                among="many", **fields)
 
 
 def go_on(batch: int, start: str = "base") -> Arm:
     """More of stage II."""
-    return Arm("--lr 3e-4", sources=kept, batch=batch, steps=0.5, start=start, among="many")
-
-
-def sized(rows: int, steps: float) -> Arm:
-    """Smaller batches at a rate as the root of their size: at the base's, 1 / 256, those of 64
-    collapse. So do larger ones at more."""
-    return Arm(f"--lr {min(1, rows / BATCH) ** 0.5 / 256:.4f}", batch=rows, steps=steps)
+    return Arm("--lr 3e-4", sources=kept, batch=batch, steps=1 / 8, start=start, among="many")
 
 
 TERMS, DEFINITIONS = "hpo_synonym_term", "hpo_synonym_definition"
@@ -313,8 +307,8 @@ ARMS = {
     "from-queries": Arm(replace=[(train, "step_loss", from_queries)], back=True),
     "from-positives": Arm(replace=[(train, "step_loss", from_positives)], back=True),
     "mixed": Arm(replace=[(data, "SourceBatches", MixedBatches)]),
-    **{f"batch-{rows}": sized(rows, BATCH / rows) for rows in (64, 256, 2048)},
-    **{f"steps-{rows}": sized(rows, 1) for rows in (64, 256, 2048)},
+    **{f"batch-{rows}": Arm(batch=rows, steps=BATCH / rows) for rows in (64, 1024, 4096)},
+    **{f"steps-{rows}": Arm(batch=rows) for rows in (64, 1024)},
     "without-titles": Arm(sources=without_titles),
     "swapped": Arm(sources=swapped, among="many", wrong=swapped_share),
     "filtered": Arm(sources=filtered, among="many", wrong=swapped_share),
@@ -372,8 +366,8 @@ CLAIMS = {
                                ("held-out", "mean"), "nDCG@10 among held-out targets alone"),
     "source-wise-nearer": Claim("the same: other sources' texts", "one source", BY_SOURCE, *NEARER,
                                 lower=True),
-    "batch-size": Claim("larger batches, of as many pairs in all", "2,048", {
-        "64": "batch-64", "256": "batch-256", "512": "base", "2,048": "batch-2048"}, *NDCG),
+    "batch-size": Claim("larger batches, of as many pairs in all", "4,096", {
+        "64": "batch-64", "256": "base", "1,024": "batch-1024", "4,096": "batch-4096"}, *NDCG),
     "title-abstract": Claim("title-abstract pairs help clustering", "with", {
         "without": "without-titles", "with": "base"}, *CLUSTERS),
     "filtering": Claim("consistency filtering", "then filtered", {
@@ -391,7 +385,7 @@ CLAIMS = {
                             optional=True),
     "stage-3-teacher": Claim("(b) mined by all-MiniLM-L6-v2", "by MiniLM", {
         **STAGE_3, "by MiniLM": "stage-3-minilm"}, *MANY, optional=True),
-    "stage-3-student": Claim("(c) after 160 steps of stage II", "stage III", {
+    "stage-3-student": Claim("(c) after 640 steps of stage II", "stage III", {
         "stage II": "long", "as many more texts": "long-more-texts", "stage III": "long-stage-3"},
         *MANY, optional=True),
     "stage-3-schedule": Claim("(d) the learning rate of stage III", "3e-4", {
@@ -399,12 +393,12 @@ CLAIMS = {
         optional=True),
     "stage-3-negatives": Claim("(e) all negatives of the batch", "all", {
         "own": "stage-3-own", "all": "stage-3"}, *MANY, optional=True),
-    "source-wise-later": Claim("a batch from one source, after 160 steps", "one source", {
+    "source-wise-later": Claim("a batch from one source, after 640 steps", "one source", {
         "mixed": "long-mixed", "one source": "long"}, *MANY, optional=True),
-    "tau-later": Claim("tau after 160 steps", ".05", {".02": "long-tau-0.02", ".05": "long"}, *MANY,
+    "tau-later": Claim("tau after 640 steps", ".05", {".02": "long-tau-0.02", ".05": "long"}, *MANY,
                        optional=True),
-    "batch-size-steps": Claim("larger batches, in as many steps", "2,048", {
-        "64": "steps-64", "256": "steps-256", "512": "base", "2,048": "steps-2048"}, *NDCG,
+    "batch-size-steps": Claim("larger batches, in as many steps", "1,024", {
+        "64": "steps-64", "256": "base", "1,024": "steps-1024"}, *NDCG,
         optional=True),
     "no-text-twice": Claim("no text twice in a batch (ours)", "once", {
         "twice": "repeated", "once": "symptoms"}, MANY[0], "nDCG@10 among all targets",
@@ -677,7 +671,7 @@ def main(argv: list[str] | None = None) -> None:
         help=f"of {', '.join(names)}; unset: all but {', '.join(set(names) - set(default))}")
     add("--seeds", type=int, default=3)
     add("--figure", type=Path, metavar="FILE", help="an SVG of what is there")
-    add("--steps", type=int, default=40, help="of the base")
+    add("--steps", type=int, default=160, help="of the base")
     add("--distractors", type=int, nargs=2, default=[30_000, 100_000], metavar=("SOME", "MANY"),
         help="targets to search among, besides")
     add("--out", type=Path, default=Path("experiments/claims.json"), metavar="FILE")

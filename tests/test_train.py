@@ -76,6 +76,15 @@ def test_the_same_command_gives_the_same_weights_in_the_next_free_folder(folder)
     assert_equal(weights("runs/001"), weights("runs/002"))
 
 
+@pytest.mark.parametrize("lr, name, rows, rate", [
+    (None, "tiny", 4096, 1 / 256), (None, "tiny", 1024, 1 / 256), (None, "tiny", 256, 1 / 512),
+    (None, "tiny", 64, 1 / 1024), (None, "a/b", 64, 2e-5), (1e-3, "tiny", 64, 1e-3)])
+def test_small_batches_of_random_weights_learn_at_a_rate_as_the_root_of_their_size(
+        lr, name, rows, rate):
+    args = SimpleNamespace(lr=lr, model=name, batch_size=rows)
+    assert train.peak_learning_rate(args, 256)[0] == pytest.approx(rate)
+
+
 def test_stage_2_and_stage_3_differ_in_the_loss_alone(folder):
     """Equal seeds and dropout 0: the first batch is the same, and equation (5) adds 2 * 16 terms to
     the queries' sums."""
