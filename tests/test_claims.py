@@ -190,7 +190,7 @@ def test_without_matplotlib_a_line_says_so_before_anything_runs(monkeypatch, tmp
 def test_what_is_there_is_not_run_again(monkeypatch, tmp_path, capsys):
     """Two seeds of two arms: base/0 is there. Two took 100 s, so three take 300 s, .1 hours."""
     out, ran = tmp_path / "claims.json", []
-    setting = {"steps": 40, "batch": 512, "length": 32, "precision": str(claims.precision()),
+    setting = {"steps": 160, "batch": 256, "length": 32, "precision": str(claims.precision()),
                "distractors": [30_000, 100_000], "corpus": "corpus"}
     claims.write_results(out, {"setting": setting, "base/0": result(0.5), "cls/7": result(0.5)})
 
