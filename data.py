@@ -263,15 +263,23 @@ class SourceBatches(Iterator):
                 "corpus": corpus, "prompts": prompts, "step": self.step,
                 "sources": {name: dict(state) for name, state in self.states.items()}}
 
+    def _first_other(self, then: list, now: list) -> tuple:
+        """What one source was and is, and of an edited file its path; such a file comes first, for
+        it may change what others hold out."""
+        others = [found for found in zip_longest(then, now, self.sources) if found[0] != found[1]]
+        for was, is_now, source in others:
+            if (isinstance(was, list) and is_now and was[:2] == is_now[:2]
+                    and was[-1] != is_now[-1]):
+                return was, is_now, f"{source.path}: "
+        return *others[0][:2], ""
+
     def load_state_dict(self, state: dict) -> None:
         """Goes on where `state` was taken. Raises ValueError where it was taken of other batches,
         or where a source's place is none that a run can reach."""
         for what in ("seed", "batch_size", "negatives", "corpus", "prompts"):
             then, now, where = state.get(what, {}), self.state_dict()[what], ""
-            if what == "corpus" and then != now and isinstance(then, list):  # the first other
-                then, now, source = next(found for found in zip_longest(then, now, self.sources)
-                                         if found[0] != found[1])
-                where = f"{source.path}: " if source else ""
+            if what == "corpus" and then != now and isinstance(then, list):
+                then, now, where = self._first_other(then, now)
             if then != now:
                 raise ValueError(f"{where}the checkpoint was made with another {what}: {then}, now "
                                  f"{now}; put that back, or begin a new run")

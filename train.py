@@ -38,8 +38,8 @@ from plumbing.ranks import Ranks
 
 VOCABULARY = 30522  # of a tokenizer trained here: BERT's number; JinaBERT rounds it up to 30,528
 LR_PRETRAINED = 2e-5  # Nomic Embed's
-# Ours, for random weights: 1 / width (8e-3 diverges for tiny), times the root of what a batch has
-# of so many rows; at 1 / width batches of 64 always collapse, of 512 one run in some thirty.
+# Ours, for random weights: sqrt(min(1, batch size / LR_ROWS)) / width. 8e-3 diverges for tiny; at
+# 1 / width batches of 64 collapsed, and of 512 a run now and then.
 LR_ROWS = 1024
 
 
@@ -110,9 +110,9 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=36,
         help="optimizer steps (ours: 40 minutes on two older CPU cores)")
     add("--lr", type=float,
-        help=f"peak learning rate; unset: 1 / width for random weights, times the root of "
-             f"--batch-size / {LR_ROWS} if that is less (ours), {LR_PRETRAINED} for pretrained "
-             f"ones (Nomic Embed's)")
+        help=f"peak learning rate; unset: 1 / width for random weights, and below {LR_ROWS} rows "
+             f"that times the root of --batch-size / {LR_ROWS} (ours); {LR_PRETRAINED} for "
+             f"pretrained ones (Nomic Embed's)")
     add("--warmup", type=float, default=0.1,
         help="share of the steps over which the rate rises linearly; then it falls (ours)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on all weights (Nomic Embed's)")
@@ -158,7 +158,7 @@ def peak_learning_rate(args: argparse.Namespace, width: int) -> tuple[float, str
         return args.lr, "--lr"
     if args.model in model.SIZES:
         share = min(1, args.batch_size / LR_ROWS)
-        return share ** 0.5 / width, "ours for random weights of this width, and this batch size"
+        return share ** 0.5 / width, "ours for random weights: their width, small batches"
     return LR_PRETRAINED, "Nomic Embed's for pretrained weights"
 
 

@@ -171,6 +171,6 @@ def is_among(hashes: np.ndarray, some: set[int]) -> np.ndarray:
 
 
 def count_distinct(hashes: np.ndarray) -> int:
-    """Sorted, for the table that np.unique makes of 3 million takes four times as long."""
+    """How many are distinct; by sorting, a quarter of np.unique's time for 3 million."""
     ordered = np.sort(hashes)
     return np.count_nonzero(ordered[1:] != ordered[:-1]) + min(len(ordered), 1)

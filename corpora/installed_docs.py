@@ -401,7 +401,7 @@ def read_all(files: list[Path]) -> Iterator[dict[str, list[tuple]]]:
     workers, context = min(os.cpu_count() or 1, PROCESSES), multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, start_worker)
     # A Ctrl-C goes to every process of a terminal, and is for this one: the others are started with
-    # it blocked. (Their tracker, whose start unblocks it, runs since the pool has queues.)
+    # it blocked. (Their tracker, whose start unblocks it, was started by the pool's queues.)
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         try:

@@ -299,7 +299,8 @@ def compare(name: str, stage: int, batch_size: int, precision: str, args: argpar
     ours = theirs._replace(side="ours", precision=OURS[precision], setting=args.flags)
     if args.equal_memory:
         room = run(theirs, args)["peak"] / 1e9
-        ours = ours._replace(setting=f"{args.flags} --memory {room:.2f}".strip())
+        if math.isfinite(room):
+            ours = ours._replace(setting=f"{args.flags} --memory {room:.2f}".strip())
     found = {"ours": [], "theirs": []}
     for turn in range(args.turns):
         for cell in (ours, theirs):
@@ -427,7 +428,7 @@ def main() -> None:
              "first")
     add("--flags", default="", help="more of train.py's for ours, as in --flags='--memory 2'")
     add("--equal-memory", action="store_true",
-        help="ours gets as its --memory what theirs held at most")
+        help="ours gets as its --memory what theirs held at most in the first turn")
     add("--turns", type=int, default=3, help="of ours and theirs")
     add("--steps", type=int, help="of a cell; unset: 3 up to 512 rows, else 1")
     add("--out", type=Path, default=Path("runs/bench"))
@@ -442,8 +443,9 @@ def main() -> None:
                 for name in args.models for batch_size in args.batch_sizes]
         (args.out / "passes.json").write_text(json.dumps(rows, indent=1) + "\n")
         return print(table_of_passes(rows))
-    if not importlib.util.find_spec("matplotlib"):
-        sys.exit("bench: its figure needs matplotlib: pip install -r experiments/requirements.txt")
+    for package in ("sentence_transformers", *["matplotlib"] * (len(args.batch_sizes) > 1)):
+        if not importlib.util.find_spec(package):
+            sys.exit(f"bench: needs {package}: pip install -r experiments/requirements.txt")
     rows = []
     for name in args.models:
         for stage in args.stages:

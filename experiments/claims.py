@@ -4,10 +4,11 @@ claim, over seeds, and whether the two can be told apart.
     python -m experiments.claims [--only CLAIM ...] [--seeds N] [--figure FILE.svg]
 
 The base is `tiny` from random weights on the default corpus: 160 steps of 256 pairs, 32 tokens.
-An arm differs from it in what its claim is about, and has a process of its own, which calls
-train.main: with a flag, or where none reaches, with a function of train's replaced by one of this
-file. Seeds, tokenizer and hold-out are the same in all. What is in --out is not run again; without
-anything to run (--seeds 0) the table and the figure are made of what is there.
+An arm differs from it in what its claim is about (one of other batches also in the rate that
+train.py takes for them), and has a process of its own, which calls train.main: with a flag, or
+where none reaches, with a function of train's replaced by one of this file. Seeds, tokenizer and
+hold-out are the same in all. What is in --out is not run again; without anything to run (--seeds 0)
+the table and the figure are made of what is there.
 """
 
 import argparse
@@ -291,7 +292,7 @@ class Arm(NamedTuple):
 
 
 def stage_3(sources: Callable, start: str = "base", lr: float = 3e-4, **fields) -> Arm:
-    return Arm(f"--stage 3 --lr {lr}", sources=sources, batch=256, steps=1 / 8, start=start,
+    return Arm(f"--stage 3 --lr {lr}", sources=sources, batch=BATCH, steps=1 / 8, start=start,
                among="many", **fields)
 
 
@@ -363,7 +364,7 @@ CLAIMS = {
     "directions-back": Claim("the same: search for queries", "(4)", DIRECTIONS, *BACK),
     "source-wise": Claim("a batch from one source", "one source", BY_SOURCE, *NDCG),
     "source-wise-alone": Claim("the same: among its own targets", "one source", BY_SOURCE,
-                               ("held-out", "mean"), "nDCG@10 among held-out targets alone"),
+                               ALONE[0][1:], ALONE[1]),
     "source-wise-nearer": Claim("the same: other sources' texts", "one source", BY_SOURCE, *NEARER,
                                 lower=True),
     "batch-size": Claim("larger batches, of as many pairs in all", "4,096", {
@@ -584,7 +585,7 @@ def machine() -> str:
 
 
 def precision() -> torch.dtype:
-    """train.py's, where nothing is said of it."""
+    """train.py's on a CPU, where nothing is said of it."""
     return memory.choose_precision("auto", torch.device("cpu"))[0]
 
 
@@ -615,7 +616,7 @@ def write_results(path: Path, results: dict) -> None:
 def cells_of(claim: str, seeds: int) -> list[str]:
     """Keys of results: "arm/seed", or of memory "memory way/batch"."""
     if claim == MEMORY:
-        return [f"{MEMORY} {way}/{batch}" for way in CELLS for batch in BATCHES if seeds]
+        return [f"{MEMORY} {way}/{batch}" for way in CELLS for batch in (BATCHES if seeds else ())]
     return [f"{arm}/{seed}" for arm in CLAIMS[claim].arms.values() for seed in range(seeds)]
 
 

@@ -1,11 +1,9 @@
 """How a run starts: what goes by before its first step, and what memory that is new to it costs.
 
     python -m experiments.starts --before
-        in a new clone: seconds of the corpus, the tokenizer, the model, the first evaluation
+        in a new clone: seconds of the corpus, the tokenizer, the plan, the first evaluation
     python -m experiments.starts [--memory auto 2 ...] [--turns 3] [--steps 12]
-        whole runs at each --memory in turn; auto: unset
-
-A second process of the same run finds the corpus and the tokenizer there.
+        whole runs at each --memory in turn, relative to the first; auto: unset
 """
 
 import argparse
@@ -21,12 +19,9 @@ from experiments.bench import lines_of
 
 ROOT = Path(__file__).parents[1]
 # what is printed when a part begins
-PARTS = {"imports": "", "corpus": "installed_docs: building", "tokenizer": "training a WordPiece",
-         "index, hold-out, model": "tiny: ", "evaluation": "runs/"}
-
-
-def command(*flags: object) -> list[str]:
-    return [sys.executable, "train.py", "--stage", "2", *map(str, flags)]
+PARTS = {"imports": "", "corpus, index, hold-out": "installed_docs: building",
+         "tokenizer, model": "training a WordPiece", "memory plan": "tiny: ",
+         "evaluation": "runs/"}
 
 
 def steps_of(run: Path) -> list[dict]:
@@ -38,8 +33,10 @@ def steps_of(run: Path) -> list[dict]:
 
 def before(clone: Path) -> dict[str, float]:
     """{part: seconds} of `train.py --batch-size 4096` there, to its first step."""
-    process = subprocess.Popen(command("--batch-size", 4096, "--steps", 1, "--out", "runs/001"),
-                               cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-u", "train.py", "--stage", "2", "--batch-size", "4096",
+               "--steps", "1", "--out", "runs/001"]
+    process = subprocess.Popen(command, cwd=clone, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
     began = {"imports": time.perf_counter()}
     for line in read_lines(process):
         for part, mark in PARTS.items():
@@ -55,11 +52,11 @@ def before(clone: Path) -> dict[str, float]:
 
 def read_lines(process: subprocess.Popen):
     """Bars end their lines with a carriage return, or not at all."""
-    line = b""
+    line = last = b""
     while byte := process.stdout.read(1):
-        line = b"" if byte in b"\r\n" else line + byte
+        last, line = (line or last, b"") if byte in b"\r\n" else (last, line + byte)
         yield line.decode(errors="replace")
-    raise SystemExit(f"starts: train.py ended with {process.wait()}: {line.decode()}")
+    raise SystemExit(f"starts: train.py ended with {process.wait()}: {last.decode()}")
 
 
 # the first steps
@@ -68,9 +65,9 @@ def run(memory: str, args: argparse.Namespace, folder: Path) -> dict:
     """Of a whole run: seconds of its steps, tokens/s, and the most that it held."""
     flags = [] if memory == "auto" else ["--memory", memory]
     out = folder / "run"
-    flags += ["--batch-size", args.batch_size, "--steps", args.steps, "--save-every", args.steps,
-              "--eval-every", args.steps, "--out", out]
-    done = subprocess.run([sys.executable, "-c", CHILD, *command(*flags)[2:]], cwd=ROOT,
+    flags += ["--stage", 2, "--batch-size", args.batch_size, "--steps", args.steps, "--save-every",
+              args.steps, "--eval-every", args.steps, "--out", out]
+    done = subprocess.run([sys.executable, "-c", CHILD, *map(str, flags)], cwd=ROOT,
                           stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"starts: train.py ended with {done.returncode}")
