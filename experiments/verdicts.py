@@ -119,8 +119,9 @@ def table(results: dict, claims: list[Claim], rooms: Rooms) -> str:
         rows += ["", f"| GB of a step, pairs | {' | '.join(f'{batch:,}' for batch in batches)} |",
                  "| --- |" + " ---: |" * len(batches)]
         for way, found in rooms.items():
-            cells = [f"{room.gigabytes:.1f}" if room.measured else f"*{room.gigabytes:.1f}*"
-                     for room in map(found.get, batches) if room]
+            cells = ["" if not room else
+                     f"{room.gigabytes:.1f}" if room.measured else f"*{room.gigabytes:.1f}*"
+                     for room in map(found.get, batches)]
             rows.append(f"| {way} | {' | '.join(cells)} |")
         rows += ["", "In italics: the plan's arithmetic, not tried."]
     return "\n".join(rows)

@@ -148,6 +148,7 @@ RESULTS = {
     "filtered/1": result(0.4),
     "memory fp32/1024": {"scores": {"plan": 6.5, "measured": 6.24}},
     "memory fp32/4096": {"scores": {"plan": 26.4}},
+    "memory bf16/4096": {"scores": {"plan": 12.6}},
 }
 
 SEEN = RESULTS, list(claims.CLAIMS.values()), claims.rooms(RESULTS)
@@ -166,7 +167,7 @@ def test_the_table_has_a_line_a_claim_with_arms_spread_and_verdict():
     assert nearer.endswith("| **seen** against mixed |")
     filtering, = [line for line in table if "consistency" in line]
     assert "as it is: 0.550" in filtering and filtering.endswith("| **seen** against 20 % wrong |")
-    assert "| fp32 | 6.2 | *26.4* |" in table
+    assert "| fp32 | 6.2 | *26.4* |" in table and "| bf16 |  | *12.6* |" in table
 
 
 def test_the_figure_has_a_panel_a_claim_and_is_small(tmp_path):
