@@ -452,7 +452,7 @@ def write_pretrained(network: PreTrainedModel, tokenizer: transformers.PreTraine
     directory = Path(directory)
     transformers.utils.logging.disable_progress_bar()
     network.save_pretrained(directory)
-    inputs = inspect.signature(network.forward).parameters
+    inputs = inspect.signature(type(network).forward).parameters  # memory.py may wrap the other
     saved_tokenizer.save_tokenizer(tokenizer, directory, inputs)
     config = files.read_json(directory / "config.json")
     config |= model_directory.rotary_fields(config)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForSequenceClassification, BertConfig,
                           BertForSequenceClassification, BertModel, BertTokenizer)
 
+import memory
 import model
 from curation import cross_encoder
 from tests import zoo
@@ -142,6 +143,15 @@ def test_a_new_head_comes_on_an_encoder_s_weights_and_repeats_for_a_seed(backbon
     cross_encoder.save(network, tokens, tmp_path / "cross")
     again = cross_encoder.load(tmp_path / "cross")[0].state_dict()
     assert all(torch.equal(again[name], p) for name, p in network.state_dict().items())
+
+
+def test_trained_in_16_bits_its_tokenizer_still_says_what_it_gives(tmp_path):
+    """memory.py wraps the forward, whose arguments they are."""
+    network = random_cross_encoder()
+    memory.mixed_precision(network, torch.bfloat16)
+    cross_encoder.save(network, tokenizer(), tmp_path)
+    names = json.loads((tmp_path / "tokenizer_config.json").read_text())["model_input_names"]
+    assert {"input_ids", "attention_mask", "token_type_ids"} == set(names)
 
 
 def without_a_weight(state):
