@@ -39,7 +39,7 @@ from plumbing.ranks import Ranks
 VOCABULARY = 30522  # of a tokenizer trained here: BERT's number; JinaBERT rounds it up to 30,528
 LR_PRETRAINED = 2e-5  # Nomic Embed's
 # Ours, for random weights: sqrt(min(1, batch size / LR_ROWS)) / width. 8e-3 diverges for tiny; at
-# 1 / width batches of 64 collapsed, and of 512 a run now and then.
+# 1 / width batches of 64 collapsed, and one run of 512.
 LR_ROWS = 1024
 
 
@@ -158,7 +158,8 @@ def peak_learning_rate(args: argparse.Namespace, width: int) -> tuple[float, str
         return args.lr, "--lr"
     if args.model in model.SIZES:
         share = min(1, args.batch_size / LR_ROWS)
-        return share ** 0.5 / width, "ours for random weights: their width, small batches"
+        scaled = f", times the root of {share:.2g}" if share < 1 else ""
+        return share ** 0.5 / width, f"ours for random weights, 1 / width{scaled}"
     return LR_PRETRAINED, "Nomic Embed's for pretrained weights"
 
 

@@ -8,9 +8,9 @@ The first prints two tables, in seconds: files of every layout, opened and drawn
 does, with what was read of them; and what is refused, or said, of others. It ends with status 1
 where rows are not those that the example means, or where nothing is refused, or said. The second
 writes that many rows of about 200 bytes in each kind of file, one kind at a time into TMPDIR, and
-opens each twice, up to the first batch and in a process of its own. Memory is the process's peak,
-mapped files included (its VmHWM: ru_maxrss would begin at that of the process that started it).
-Parquet wants pyarrow, and is left out without it.
+opens each twice, in a process of its own, up to the first batch and then for ten more. Memory is
+the process's peak, mapped files included (its VmHWM: ru_maxrss would begin at that of the process
+that started it). Parquet wants pyarrow, and is left out without it.
 """
 
 import argparse
@@ -337,9 +337,9 @@ def megabytes(folder: Path) -> float:
 
 
 def print_costs(rows: int, kinds: list[str]) -> None:
-    print_row("", "MB", "in .cache", "first opening: CPU seconds", "peak MB", "of these imports",
-              "second opening: CPU seconds", "peak MB", "a batch: CPU seconds")
-    print("| --- |" + " ---: |" * 8)
+    print_row("", "rows", "MB", "in .cache", "first opening: CPU seconds", "peak MB",
+              "of these imports", "second opening: CPU seconds", "peak MB", "a batch: CPU seconds")
+    print("| --- |" + " ---: |" * 9)
     for name, write_rows in KINDS.items():
         if name not in kinds or write_rows is write_parquet and not PYARROW:
             continue
@@ -349,7 +349,7 @@ def print_costs(rows: int, kinds: list[str]) -> None:
             size = megabytes(folder)
             manifest = write_manifest(folder, {"path": name})
             first, second = (in_a_process(manifest, min(BATCH, rows // 2)) for _ in range(2))
-            print_row(name, f"{size:.0f}", f"{megabytes(folder / '.cache'):.0f}",
+            print_row(name, f"{rows:,}", f"{size:.0f}", f"{megabytes(folder / '.cache'):.0f}",
                       f"{first['seconds']:.1f}", f"{first['peak']:.0f}", f"{first['before']:.0f}",
                       f"{second['seconds']:.1f}", f"{second['peak']:.0f}",
                       f"{second['batch']:.3f}")
