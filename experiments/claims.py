@@ -566,6 +566,7 @@ def memory_cell(cell: str, batch: int) -> dict:
     engine, plan = train.prepare(encoder, optimizer, settings.clip, settings, ranks)
     found = {"plan": float(re.search(r"about ([\d.]+) of", plan.line)[1])}
     if batch <= MEASURED and found["plan"] * 1e9 < 0.8 * room:
+        engine.release_memory = plan._replace(max_bytes=found["plan"] * 1e9).release_memory
         ids = torch.randint(5, encoder.backbone.config.vocab_size, (2 * batch, LENGTH))
         rows = torch.arange(2 * batch).split(plan.micro_tokens // LENGTH)
         embeddings = engine.embed([(i, ids[i], torch.ones_like(ids[i])) for i in rows])
