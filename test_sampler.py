@@ -435,6 +435,20 @@ def test_a_run_goes_on_from_any_step_as_if_it_had_not_stopped(tmp_path):
         assert json.dumps(state) == text
 
 
+def test_a_state_in_which_a_row_waits_twice_or_before_its_turn_is_refused(tmp_path):
+    sources = corpus(tmp_path, a=pairs("a", 9))
+    batches = data.SourceBatches(sources, 2, seed=0)
+    first, second = (batch.rows[0].id for batch in take(batches, 2))
+    state = data.SourceBatches(sources, 2, seed=0).state_dict()
+
+    def refused(waiting):
+        place = {"epoch": 0, "cursor": 2, "waiting": waiting}  # the first batch has come up
+        return refusal(batches.load_state_dict, state | {"sources": {"a": place}})
+
+    assert "no run reaches this" in refused([first, first])
+    assert "no run reaches this" in refused([second])
+
+
 def test_a_state_of_another_run_is_refused(tmp_path):
     """Another batch size, seed, number of negatives, set or order of sources (the draw counts
     them), rate, or text: a's file with other words is of the same size, but the rows that wait are
