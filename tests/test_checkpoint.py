@@ -4,6 +4,9 @@ named; and the folder of a run.
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from safetensors import SafetensorError
 import memory
 from plumbing import checkpoint, files, run
 from plumbing.ranks import Ranks
+from tests.conftest import ROOT
 
 ALONE = Ranks(alone=True)
 
@@ -129,6 +133,60 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, damage, said):
     damage(tmp_path / "checkpoints" / "00000002")
     with pytest.raises(ValueError, match=f"00000002/{said}.*remove .*00000002.* from 00000001"):
         checkpoint.newest(str(tmp_path))
+
+
+NEWEST = """
+import os
+from pathlib import Path
+from plumbing import checkpoint
+path = Path("checkpoints/00000002")
+for file in [*path.glob("*.*"), path]:
+    mode = file.stat().st_mode
+    file.chmod(0)
+    try:
+        checkpoint.newest(".")
+    except OSError as error:
+        print(file.name, type(error).__name__)
+    file.chmod(mode)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="root is refused nothing")
+def test_of_a_checkpoint_that_may_not_be_read_nobody_says_that_it_is_damaged(tmp_path):
+    """The advice would be to remove it."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    names = [path.name for path in (tmp_path / "checkpoints" / "00000002").glob("*.*")]
+    tried = subprocess.run(
+        ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", sys.executable, "-c",
+         NEWEST], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True)
+    said = [f"{name} PermissionError" for name in [*names, "00000002"]]
+    assert len(names) == 4 and sorted(tried.stdout.splitlines()) == sorted(said), tried
+
+
+def test_what_diverges_again_takes_the_place_of_what_diverged_before(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    for _ in range(2):
+        said = checkpoint.set_aside(tmp_path, since=2)
+        assert saved(tmp_path) == ["00000001", "00000002.diverged"]
+        assert "00000002.diverged; --resume" in said and said.endswith(" goes on from step 1")
+        save(tmp_path, 2)
+
+
+@pytest.mark.parametrize("make", [
+    files.open_cache, lambda folder, write: files.publish(folder, write, replace=False)])
+def test_a_cache_that_another_process_has_made_meanwhile_is_kept(tmp_path, make):
+    """It may be reading it."""
+    def write(part):
+        (part / "file").write_text("ours")
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "file").write_text("theirs")
+
+    make(tmp_path / "cache", write)
+    assert os.listdir(tmp_path) == ["cache"]
+    assert (tmp_path / "cache" / "file").read_text() == "theirs"
 
 
 # the folder of a run
