@@ -23,6 +23,7 @@ import model
 import train
 from plumbing import run
 from plumbing.files import checksum
+from plumbing.flags import check_flags
 from tests.conftest import FLAGS, ROOT, python
 
 
@@ -286,6 +287,17 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, capsys, flags, said):
     before = sorted(os.listdir())
     assert said in refused(capsys, *FLAGS, *flags)
     assert sorted(set(os.listdir()) - {".cache"}) == before
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, 1 << 63])
+@pytest.mark.parametrize("flag", [
+    "batch_size", "max_length", "memory", "steps", "save_every", "eval_every", "tau", "lr"])
+def test_what_must_be_above_0_is_refused_by_its_flag(flag, value):
+    args = train.argument_parser().parse_args([])
+    setattr(args, flag, value)
+    name = "--" + flag.replace("_", "-")
+    with pytest.raises(ValueError, match=f"^{name} {value}: expected a number above 0, and below"):
+        check_flags(args, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("max_length, rows", [("1024", 8), ("8192", 2)])
