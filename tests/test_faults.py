@@ -5,6 +5,7 @@ on with status 0 and another result.
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import memory
 import train
 from curation.__main__ import main as curate
 from curation.work import Work
@@ -401,6 +403,24 @@ def test_a_run_that_diverges_keeps_a_checkpoint_worth_going_on_from(copy, capsys
         assert crashes.last_step(Path("wild")) == 6
     else:
         assert "no checkpoint" in said and "another --out" in said
+
+
+def test_a_run_whose_last_steps_were_skipped_goes_on_from_before_them(copy, capsys, monkeypatch):
+    """As in fp16, where a lower loss scale is tried first: steps 4, 5 and 6 change nothing, so the
+    checkpoint of step 4 has the weights of step 3."""
+    survives, norms = memory.LossScale.survives, []
+
+    def none_from_step_4_on(scaling, norm):
+        norms.append(norm)
+        if len(norms) < 4:
+            scaling.scale = 4.0
+        return survives(scaling, norm if len(norms) < 4 else math.inf)
+
+    monkeypatch.setattr(memory.LossScale, "survives", none_from_step_4_on)
+    said = refused(capsys, train.main, *FLAGS, "--steps", 8, "--out", "wild", status=1)
+    assert said.startswith("train.py: step 6, source ") and said.endswith(
+        "wild/checkpoints/00000004 is now 00000004.diverged; --resume --out wild with a lower --lr "
+        "goes on from step 2")
 
 
 @pytest.mark.parametrize("what", ["weight", "moment"])
