@@ -62,6 +62,14 @@ def test_moments_loss_scale_and_random_state_come_back(tmp_path):
         assert all(torch.equal(after[kind], before[kind]) for kind in after)
 
 
+def test_a_parameter_of_no_elements_is_saved_too(tmp_path):
+    """A BERT's token types, where its type_vocab_size is 0: they have no least and no largest."""
+    engine = trained()
+    engine.encoder.token_types = torch.nn.Embedding(0, 2)
+    save(tmp_path, 2, engine)
+    assert saved(tmp_path) == ["00000002"]
+
+
 def test_in_another_precision_the_loss_scale_begins_anew(tmp_path):
     save(tmp_path, 2)
     again = trained()
@@ -253,6 +261,24 @@ def test_a_run_that_has_begun_lets_other_ranks_in_and_no_other_run(tmp_path, ano
     run.Metrics(tmp_path, writes=False)
     with pytest.raises(BlockingIOError, match="at work there"):
         checkpoint.newest(str(tmp_path))
+
+
+def test_a_process_that_holds_a_folder_in_both_ways_is_named_once(tmp_path, another_process):
+    files.lock(tmp_path)
+    files.lock(tmp_path, shared=True)
+    another_process()
+    with pytest.raises(BlockingIOError, match=f"at work there: process {os.getpid()} on [^,]*;"):
+        files.lock(tmp_path)
+
+
+def test_where_another_process_is_at_work_no_run_begins(tmp_path, another_process):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n')
+    run.Metrics(tmp_path, writes=False)
+    another_process()
+    with pytest.raises(BlockingIOError, match="at work there"):
+        run.begin(tmp_path, first=2)
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
 
 
 def test_metrics_from_the_first_step_to_come_are_cut_off(tmp_path):
