@@ -170,6 +170,16 @@ def test_a_line_with_many_positives_is_parsed_once(tmp_path, monkeypatch):
     assert len(parsed) <= 100
 
 
+def test_of_lines_with_many_positives_the_last_alone_is_kept(tmp_path):
+    """A file of nothing but such lines must not come into memory one by one."""
+    rows = [{"query": f"q{i}", "positive": [f"p{i} {j}" for j in range(200)]} for i in range(5)]
+    source, = data.load_sources(corpus(tmp_path, rows))
+    for i in (0, 3, 1, 3):
+        assert source.read(200 * i + 7).positive == f"p{i} 7"
+        kept, = source.lines.kept.values()
+        assert [row.query for row in kept] == [f"q{i}"] * 200
+
+
 # the default corpus, cut short
 
 @pytest.fixture
