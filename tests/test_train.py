@@ -210,6 +210,20 @@ def test_a_loss_that_is_not_finite_names_step_and_source_and_keeps_the_checkpoin
     assert_equal(before, weights("run/checkpoints/00000002"))
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_whatever_the_loss_scale(
+        folder, capsys, monkeypatch):
+    """As in fp16, where the scale could be lowered for 16 more steps."""
+    def step_loss(*arguments):
+        loss, accuracy = real(*arguments)
+        return loss * math.inf, accuracy
+
+    real = train.step_loss
+    monkeypatch.setattr(train, "step_loss", step_loss)
+    monkeypatch.setattr(memory.LossScale, "exhausted", lambda _: False)
+    said = refused(capsys, *FLAGS, "--steps", "2", "--out", "run", status=1)
+    assert re.match("train.py: step 1, source (left|right): loss inf", said)
+
+
 def test_a_gradient_norm_that_is_not_finite_is_null_in_metrics(folder, monkeypatch):
     """Infinity is no JSON."""
     monkeypatch.setattr(memory.Engine, "step", lambda *_: math.inf)
@@ -298,6 +312,19 @@ def test_what_must_be_above_0_is_refused_by_its_flag(flag, value):
     name = "--" + flag.replace("_", "-")
     with pytest.raises(ValueError, match=f"^{name} {value}: expected a number above 0, and below"):
         check_flags(args, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("flag, values, expected", [
+    *((flag, [-1, math.nan, math.inf, 1 << 63], "0 or more, and below")
+      for flag in ("seed", "weight_decay", "clip")),
+    *((flag, [-0.1, 1, math.nan], "at least 0 and less than 1") for flag in ("dropout", "warmup"))])
+def test_a_flag_beyond_its_range_is_refused_by_its_name(flag, values, expected):
+    args = train.argument_parser().parse_args([])
+    for value in values:
+        setattr(args, flag, value)
+        name = "--" + flag.replace("_", "-")
+        with pytest.raises(ValueError, match=f"^{name} {value}: expected {expected}"):
+            check_flags(args, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("max_length, rows", [("1024", 8), ("8192", 2)])
