@@ -106,6 +106,26 @@ def test_two_ranks_gather_add_and_fail_together(tmp_path, monkeypatch):
             "all": ["a", "b"], "once": "from 0", "error": "FileNotFoundError"}
 
 
+@pytest.mark.parametrize("rank, order", [(0, ["builds", "tells"]), (1, ["is told", "builds"])])
+def test_what_rank_0_builds_is_there_when_others_look_for_it(rank, order):
+    def gather_objects(value):
+        did.append("is told" if rank else "tells")
+        return [(None, None)]
+
+    did, ranks = [], Ranks(alone=True)
+    ranks.rank, ranks.gather_objects = rank, gather_objects
+    ranks.rank_0_first(lambda: did.append("builds") or "built")
+    assert did == order
+
+
+def test_what_rank_0_cannot_build_no_other_rank_tries():
+    ranks = Ranks(alone=True)
+    ranks.rank = 1
+    ranks.gather_objects = lambda _: [(None, OSError("no room"))]
+    with pytest.raises(OSError, match="no room"):
+        ranks.rank_0_first(lambda: pytest.fail("it tries"))
+
+
 # fp16, and what happens in a layer under an engine
 
 @pytest.fixture(scope="module")
