@@ -364,6 +364,36 @@ def test_no_permission_is_not_no_file(folder, path):
     assert "permission denied" in line.lower() and path in line
 
 
+LOAD = """
+from pathlib import Path
+import model
+from plumbing.refusals import line_of
+for path in [*sorted(Path("toy").rglob("*.json")), Path("toy/1_Pooling")]:
+    mode = path.stat().st_mode
+    path.chmod(0)
+    try:
+        model.load("toy")
+        print(path, "is passed over")
+    except OSError as error:
+        print(path, line_of(error))
+    path.chmod(mode)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="root is refused nothing")
+def test_no_file_of_a_model_is_passed_over_for_want_of_permission(folder):
+    """Without its modules.json it would be another model."""
+    names = sorted(map(str, Path("toy").rglob("*.json")))
+    run = subprocess.run(
+        ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", sys.executable, "-c", LOAD],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    lines = run.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [*names, "toy/1_Pooling"], run.stderr
+    assert len(names) == 7
+    for name, line in zip([*names, "toy/1_Pooling"], lines):
+        assert "permission denied" in line.lower() and name in line.partition(" ")[2], line
+
+
 @pytest.mark.parametrize("damage", [
     b"{}\n", b'{"step": null}\n', b'{"step": 1\n', b"[1]\n", b"\xff\n", b"1\n", b"[" * 9999 + b"\n",
     b'{"step": 1, "evaluation": {"mean": {}}}\n', b'{"step": 1, "evaluation": 1}\n',
