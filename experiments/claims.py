@@ -291,14 +291,15 @@ class Arm(NamedTuple):
     wrong: Callable | None = None
 
 
-def stage_3(sources: Callable, start: str = "base", lr: float = 3e-4, **fields) -> Arm:
-    return Arm(f"--stage 3 --lr {lr}", sources=sources, batch=BATCH, steps=1 / 8, start=start,
-               among="many", **fields)
+def stage_3(sources: Callable, start: str = "base", lr: float = 3e-4, steps: float = 1 / 8,
+            **fields) -> Arm:
+    return Arm(f"--stage 3 --lr {lr}", sources=sources, steps=steps, start=start, among="many",
+               **fields)
 
 
-def go_on(batch: int, start: str = "base") -> Arm:
+def go_on(batch: int, start: str = "base", lr: float = 3e-4, steps: float = 1 / 8) -> Arm:
     """More of stage II."""
-    return Arm("--lr 3e-4", sources=kept, batch=batch, steps=1 / 8, start=start, among="many")
+    return Arm(f"--lr {lr}", sources=kept, batch=batch, steps=steps, start=start, among="many")
 
 
 TERMS, DEFINITIONS = "hpo_synonym_term", "hpo_synonym_definition"
@@ -319,6 +320,9 @@ ARMS = {
     "stage-3-minilm": stage_3(mined_by_minilm),
     "stage-3-own": stage_3(mined, replace=[(train, "step_loss", own_negatives)]),
     **{f"stage-3-{lr}": stage_3(mined, lr=lr) for lr in (1e-4, 1e-3)},
+    "longer-steps": go_on(256, lr=1e-3, steps=1 / 2),
+    "longer-texts": go_on(2176, lr=1e-3, steps=1 / 2),
+    "longer-stage-3": stage_3(mined, lr=1e-3, steps=1 / 2),
     "long": Arm(steps=4, among="many"),
     "long-tau-0.02": Arm("--tau 0.02", steps=4, among="many"),
     "long-mixed": Arm(replace=[(data, "SourceBatches", MixedBatches)], steps=4, among="many"),
@@ -392,6 +396,9 @@ CLAIMS = {
     "stage-3-schedule": Claim("(d) the learning rate of stage III", "3e-4", {
         "1e-4": "stage-3-0.0001", "3e-4": "stage-3", "1e-3": "stage-3-0.001"}, *MANY,
         optional=True),
+    "stage-3-longer": Claim("(d) 80 steps at 1e-3", "stage III", {
+        "stage II": "base", "as many more steps": "longer-steps",
+        "as many more texts": "longer-texts", "stage III": "longer-stage-3"}, *MANY, optional=True),
     "stage-3-negatives": Claim("(e) all negatives of the batch", "all", {
         "own": "stage-3-own", "all": "stage-3"}, *MANY, optional=True),
     "source-wise-later": Claim("a batch from one source, after 640 steps", "one source", {
