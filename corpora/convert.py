@@ -9,6 +9,7 @@ import csv
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Container, Iterator
@@ -86,6 +87,9 @@ def shards(path: Path) -> list[Path]:
             raise ValueError(f"{path}: holds files of several splits, {', '.join(sorted(splits))}; "
                              f"name one by a glob")
         return files
+    for folder in reversed(path.parents):
+        for name in glob.glob(f"{folder}/", recursive=True):
+            os.scandir(name).close()  # glob itself passes over what it may not open
     files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     files = [file for file in files if file.is_file()]
     if not files:
@@ -236,7 +240,7 @@ def beir_file(folder: Path, name: str) -> Path:
 
 
 def is_beir(path: Path) -> bool:
-    return beir_file(path, "corpus").is_file() and (path / "qrels").is_dir()
+    return path.is_dir() and beir_file(path, "corpus").is_file() and (path / "qrels").is_dir()
 
 
 def is_judgements(path: Path) -> bool:
@@ -306,8 +310,9 @@ def read_judgements(path: Path) -> dict[tuple[str, str], tuple[int, int]]:
     naming file, line and field."""
     check_split(path)
     judged = {}
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, 1):
+    with open(path, "rb") as file:
+        for number, line in enumerate(lines_of(file, path), 1):
+            line = line.decode("utf-8-sig" if number == 1 else "utf-8", "replace")
             if not line.strip():
                 continue
             where = f"{path}, line {number}"

@@ -80,7 +80,9 @@ def write(run: Path, state: dict, write_model: Callable[[Path], None], moments: 
 
 def complete(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("*") if path.name.isdigit())
+    folder = run / "checkpoints"
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in paths if path.name.isdigit())
 
 
 class Checkpoint(NamedTuple):

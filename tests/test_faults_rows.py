@@ -142,14 +142,27 @@ def test_a_line_that_is_too_long_is_refused_with_its_number(tmp_path, name, monk
         data.load_sources(manifest)
 
 
+def test_a_judgement_that_is_too_long_is_refused_with_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "LONGEST_LINE", 1000)
+    (tmp_path / "qrels").mkdir()
+    path = tmp_path / "qrels" / "test.tsv"
+    path.write_text(f"query-id\tcorpus-id\tscore\nq\t{'d' * 1000}\t1\n")
+    with pytest.raises(OSError, match="test.tsv, line 2: longer than"):
+        convert.read_judgements(path)
+
+
 @needs_proc
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_a_long_line_takes_no_more_memory_than_its_bound(tmp_path, name):
     """A file of 1 GB in one line."""
     path = tmp_path / name
-    with (gzip.open(path, "wb", 1) if path.suffix == ".gz" else open(path, "wb")) as file:
-        for _ in range(64):
-            file.write(bytes(1 << 24))
+    if path.suffix == ".gz":
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            for _ in range(64):
+                file.write(bytes(1 << 24))
+    else:
+        path.touch()
+        os.truncate(path, 1 << 30)
     code = (f"from corpora.convert import read_lines; from pathlib import Path\n"
             f"try: next(read_lines(Path({str(path)!r})))\n"
             f"except OSError as error: print(error)\n"
@@ -362,6 +375,43 @@ def test_no_permission_is_not_no_file(folder, path):
     line, = run.stderr.splitlines()
     assert run.returncode == 2 and "no such file" not in line.lower()
     assert "permission denied" in line.lower() and path in line
+
+
+LOOK = """
+from pathlib import Path
+from corpora.convert import read_rows
+from plumbing import checkpoint
+from plumbing.refusals import line_of
+
+for look, path in ((read_rows, "top/*/a.jsonl"), (read_rows, "top/**/*.jsonl"),
+                   (read_rows, "top/shut/a.jsonl"), (checkpoint.newest, "run")):
+    try:
+        print(path, "gives", len(list(look(path))))
+    except OSError as error:
+        print(path, line_of(error))
+"""
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="root is refused nothing")
+def test_what_may_not_be_looked_into_is_not_passed_over(tmp_path, monkeypatch):
+    """Beside it lies what may; and a folder of checkpoints is not without any."""
+    monkeypatch.chdir(tmp_path)
+    shut = Path("top/shut"), Path("run/checkpoints")
+    for folder in (Path("top/open"), *shut):
+        folder.mkdir(parents=True)
+    for name in ("open", "shut"):
+        Path(f"top/{name}/a.jsonl").write_text('["q", "p"]\n')
+    for folder in shut:
+        folder.chmod(0)
+    done = subprocess.run(
+        ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", sys.executable, "-c", LOOK],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    for folder in shut:
+        folder.chmod(0o700)
+    *globs, file, run = done.stdout.splitlines()
+    assert all("top/shut/: permission denied" in line.lower() for line in globs), done
+    assert "top/shut/a.jsonl: permission denied" in file.lower()
+    assert "run/checkpoints: permission denied" in run.lower() and len(globs) == 2
 
 
 LOAD = """
