@@ -291,15 +291,21 @@ class Arm(NamedTuple):
     wrong: Callable | None = None
 
 
-def stage_3(sources: Callable, start: str = "base", lr: float = 3e-4, steps: float = 1 / 8,
+def stage_3(sources: Callable, start: str = "base", lr: float = 1e-3, steps: float = 1 / 4,
             **fields) -> Arm:
     return Arm(f"--stage 3 --lr {lr}", sources=sources, steps=steps, start=start, among="many",
                **fields)
 
 
-def go_on(batch: int, start: str = "base", lr: float = 3e-4, steps: float = 1 / 8) -> Arm:
-    """More of stage II."""
+def stage_2(batch: int, start: str = "base", lr: float = 1e-3, steps: float = 1 / 4) -> Arm:
+    """More of it."""
     return Arm(f"--lr {lr}", sources=kept, batch=batch, steps=steps, start=start, among="many")
+
+
+def ways_on(prefix: str, **how) -> dict[str, Arm]:
+    """From an arm's model; 256 rows of stage III have as many texts as 2,176 pairs."""
+    return {f"{prefix}more-steps": stage_2(256, **how), f"{prefix}more-texts": stage_2(2176, **how),
+            f"{prefix}stage-3": stage_3(mined, **how)}
 
 
 TERMS, DEFINITIONS = "hpo_synonym_term", "hpo_synonym_definition"
@@ -314,20 +320,15 @@ ARMS = {
     "without-titles": Arm(sources=without_titles),
     "swapped": Arm(sources=swapped, among="many", wrong=swapped_share),
     "filtered": Arm(sources=filtered, among="many", wrong=swapped_share),
-    "more-steps": go_on(256),
-    "more-texts": go_on(2176),  # 256 rows of stage III have as many
-    "stage-3": stage_3(mined),
+    **ways_on(""),
+    **ways_on("gentle-", lr=3e-4, steps=1 / 8),
+    **ways_on("longer-", steps=1 / 2),
+    **ways_on("long-", start="long"),
     "stage-3-minilm": stage_3(mined_by_minilm),
     "stage-3-own": stage_3(mined, replace=[(train, "step_loss", own_negatives)]),
-    **{f"stage-3-{lr}": stage_3(mined, lr=lr) for lr in (1e-4, 1e-3)},
-    "longer-steps": go_on(256, lr=1e-3, steps=1 / 2),
-    "longer-texts": go_on(2176, lr=1e-3, steps=1 / 2),
-    "longer-stage-3": stage_3(mined, lr=1e-3, steps=1 / 2),
     "long": Arm(steps=4, among="many"),
     "long-tau-0.02": Arm("--tau 0.02", steps=4, among="many"),
     "long-mixed": Arm(replace=[(data, "SourceBatches", MixedBatches)], steps=4, among="many"),
-    "long-more-texts": go_on(2176, "long"),
-    "long-stage-3": stage_3(mined, "long"),
     **{f"planted-{how}": stage_3(partial(planted, how), wrong=false_negatives)
        for how in ("random", "unconfirmed", "confirmed")},
     "symptoms": Arm(sources=symptoms, corpus=symptoms, among="many"),
@@ -351,9 +352,14 @@ MEMORY = "memory"  # a claim of its own kind: nothing is trained
 
 DIRECTIONS = {"(3), from queries": "from-queries", "(3), from targets": "from-positives",
               "(4)": "base"}
-STAGE_3 = {"stage II": "base", "as many more steps": "more-steps",
-           "as many more texts": "more-texts", "stage III": "stage-3"}
 BY_SOURCE = {"mixed": "mixed", "one source": "base"}
+
+
+def going_on(says: str, prefix: str = "", start: str = "base", score: tuple = MANY, **more: str
+             ) -> Claim:
+    arms = {"stage II": start, "as many more steps": f"{prefix}more-steps",
+            "as many more texts": f"{prefix}more-texts", "stage III": f"{prefix}stage-3"}
+    return Claim(says, "stage III", arms | more, *score, optional=says[0] == "(")
 
 
 def by_kind(name: str) -> dict[str, str]:
@@ -378,7 +384,7 @@ CLAIMS = {
     "filtering": Claim("consistency filtering", "then filtered", {
         "as it is": "base", "20 % wrong": "swapped", "then filtered": "filtered"}, *MANY,
         aside="as it is"),
-    "stage-3": Claim("stage III lifts ranking", "stage III", STAGE_3, *MANY),
+    "stage-3": going_on("stage III lifts ranking"),
     "hard": Claim("hard negatives, confirmed by a cross-encoder", "mined, confirmed", {
         "random": "planted-random", "mined": "planted-unconfirmed",
         "mined, confirmed": "planted-confirmed"}, *MANY),
@@ -386,19 +392,12 @@ CLAIMS = {
                         by_kind(TERMS), MANY[0], "nDCG@10, synonym to term"),
     "retrieval": Claim("hard ones where it is", "mined, confirmed", by_kind(DEFINITIONS),
                        MANY[0], "nDCG@10, synonym to definition"),
-    "stage-3-metric": Claim("(a) among held-out targets alone", "stage III", STAGE_3, *ALONE,
-                            optional=True),
-    "stage-3-teacher": Claim("(b) mined by all-MiniLM-L6-v2", "by MiniLM", {
-        **STAGE_3, "by MiniLM": "stage-3-minilm"}, *MANY, optional=True),
-    "stage-3-student": Claim("(c) after 640 steps of stage II", "stage III", {
-        "stage II": "long", "as many more texts": "long-more-texts", "stage III": "long-stage-3"},
-        *MANY, optional=True),
-    "stage-3-schedule": Claim("(d) the learning rate of stage III", "3e-4", {
-        "1e-4": "stage-3-0.0001", "3e-4": "stage-3", "1e-3": "stage-3-0.001"}, *MANY,
-        optional=True),
-    "stage-3-longer": Claim("(d) 80 steps at 1e-3", "stage III", {
-        "stage II": "base", "as many more steps": "longer-steps",
-        "as many more texts": "longer-texts", "stage III": "longer-stage-3"}, *MANY, optional=True),
+    "stage-3-metric": going_on("(a) among held-out targets alone", score=ALONE),
+    "stage-3-teacher": going_on("(b) mined by all-MiniLM-L6-v2", **{
+        "stage III, mined by it": "stage-3-minilm"}),
+    "stage-3-student": going_on("(c) after 640 steps of stage II", "long-", "long"),
+    "stage-3-gentle": going_on("(d) 20 steps at 3e-4, not 40 at 1e-3", "gentle-"),
+    "stage-3-longer": going_on("(d) 80 steps at 1e-3", "longer-"),
     "stage-3-negatives": Claim("(e) all negatives of the batch", "all", {
         "own": "stage-3-own", "all": "stage-3"}, *MANY, optional=True),
     "source-wise-later": Claim("a batch from one source, after 640 steps", "one source", {
