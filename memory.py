@@ -219,8 +219,8 @@ class Engine:
                 embeddings[index] = part.detach().float()
                 if c >= first_kept:
                     self.graphs[c] = part
-                    self.release_memory()  # a graph of checkpointed layers leaves the rest free
-        give_back_freed_memory()  # it lies in pieces, and the loss wants large ones
+                    self.release_memory()  # of checkpointed layers much lies freed between
+        give_back_freed_memory()  # what was freed lies in pieces; the loss wants large ones
         return embeddings.requires_grad_()
 
     def backward(self, gradient: Tensor) -> None:

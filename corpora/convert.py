@@ -87,9 +87,9 @@ def shards(path: Path) -> list[Path]:
             raise ValueError(f"{path}: holds files of several splits, {', '.join(sorted(splits))}; "
                              f"name one by a glob")
         return files
-    for folder in reversed(path.parents):
-        for name in glob.glob(f"{folder}/", recursive=True):
-            os.scandir(name).close()  # glob itself passes over what it may not open
+    for part in filter(glob.has_magic, map(str, [*reversed(path.parents), path])):
+        for folder in glob.glob(f"{Path(part).parent}/", recursive=True):
+            os.scandir(folder).close()  # glob itself passes over what it may not open
     files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     files = [file for file in files if file.is_file()]
     if not files:
@@ -240,6 +240,7 @@ def beir_file(folder: Path, name: str) -> Path:
 
 
 def is_beir(path: Path) -> bool:
+    # asked for first, so that what may not be opened is refused by its own name
     return path.is_dir() and beir_file(path, "corpus").is_file() and (path / "qrels").is_dir()
 
 

@@ -39,16 +39,17 @@ Rooms = dict[str, dict[int, Room]]  # by what makes room, and batch size
 
 
 def values(results: dict, claim: Claim, label: str) -> dict[str, float]:
-    """{seed: score} of an arm."""
-    found = {}
+    """{seed: score} of an arm, of the seeds that all arms have which have any."""
+    found = {label: {} for label in claim.arms}
     for key, result in results.items():
         arm, _, seed = key.rpartition("/")
-        if arm == claim.arms[label]:
+        for each in (each for each in found if claim.arms[each] == arm):
             score = result["scores"]
             for name in claim.score:
                 score = score[name]
-            found[seed] = score
-    return found
+            found[each][seed] = score
+    shared = set.intersection(*[set(scores) for scores in found.values() if scores] or [set()])
+    return {seed: score for seed, score in found[label].items() if seed in shared}
 
 
 def verdict(differences: list[float]) -> tuple[str, float]:
@@ -64,6 +65,10 @@ def verdict(differences: list[float]) -> tuple[str, float]:
     return "seen" if mean > 0 else "the opposite", bound
 
 
+THAN = {"seen": ": better than", "the opposite": ": worse than", "not told apart": " from",
+        "one seed": ", no verdict: beside"}
+
+
 def in_words(results: dict, claim: Claim, whole: bool = False) -> str:
     """A claim's verdicts, each with the arms that the paper's was compared with. whole: in
     Markdown, and with the smallest mean difference that would have been seen."""
@@ -75,11 +80,11 @@ def in_words(results: dict, claim: Claim, whole: bool = False) -> str:
         if label not in (claim.choice, claim.aside) and both:
             word, bound = verdict([sign * (chosen[seed] - other[seed]) for seed in both])
             if whole and word == "not told apart":
-                label += f" ({bound:.3f} would have been)"
+                label += f" ({bound:.3f} would have been seen)"
             found.setdefault(word, []).append(label)
     mark = "**" if whole else ""
-    return "; ".join(f"{mark}{word}{mark} {'from' if word == 'not told apart' else 'against'} "
-                     f"{', '.join(labels)}" for word, labels in found.items())
+    return "; ".join(f"{mark}{word}{mark}{THAN[word]} {', '.join(labels)}"
+                     for word, labels in found.items())
 
 
 def shown(results: dict, claim: Claim, label: str) -> str:
@@ -150,12 +155,14 @@ def draw(results: dict, claims: list[Claim], rooms: Rooms, path: Path) -> None:
     heads = [LINE * (1 + max(len(says + caption) for _, says, caption, _ in pair))
              for pair in pairs]
     heights = [max(height for height, *_ in pair) for pair in pairs]
-    whole = sum(heads) + sum(heights) + BELOW * len(pairs)
+    whole = 2 * LINE + sum(heads) + sum(heights) + BELOW * len(pairs)
     with matplotlib.rc_context(SVG | {
             "font.size": 7.5, "axes.labelsize": 6.5, "xtick.labelsize": 6.5, "ytick.left": False,
             "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(WIDTH, whole), facecolor="white")
-        y = 0
+        figure.text(0.1 / WIDTH, 1 - LINE / whole, style="italic",
+                    s="black: the paper's choice; a dot is a seed, a bar their mean")
+        y = 2 * LINE
         for pair, head, row in zip(pairs, heads, heights):
             for column, (height, says, caption, draw_axes) in enumerate(pair):
                 x = column * WIDTH / 2

@@ -5,6 +5,7 @@ Functions are imported from here (`from tests.conftest import FLAGS`); pytest fi
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,3 +113,12 @@ def python(*arguments):
 def torchrun(*script):
     """A script on 2 processes."""
     return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *script)
+
+
+def without_rights() -> list[str]:
+    """What a command begins with so that permissions hold for it, even if root runs it."""
+    if os.geteuid():
+        return []
+    if not shutil.which("setpriv"):
+        pytest.skip("root is refused nothing")
+    return ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]

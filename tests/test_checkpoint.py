@@ -4,7 +4,6 @@ named; and the folder of a run.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 import memory
 from plumbing import checkpoint, files, run
 from plumbing.ranks import Ranks
-from tests.conftest import ROOT
+from tests.conftest import ROOT, without_rights
 
 ALONE = Ranks(alone=True)
 
@@ -159,14 +158,13 @@ for file in [*path.glob("*.*"), path]:
 """
 
 
-@pytest.mark.skipif(not shutil.which("setpriv"), reason="root is refused nothing")
 def test_of_a_checkpoint_that_may_not_be_read_nobody_says_that_it_is_damaged(tmp_path):
     """The advice would be to remove it."""
     save(tmp_path, 1)
     save(tmp_path, 2)
     names = [path.name for path in (tmp_path / "checkpoints" / "00000002").glob("*.*")]
     tried = subprocess.run(
-        ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", sys.executable, "-c",
+        [*without_rights(), sys.executable, "-c",
          NEWEST], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
         text=True)
     said = [f"{name} PermissionError" for name in [*names, "00000002"]]

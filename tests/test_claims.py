@@ -156,17 +156,18 @@ SEEN = RESULTS, list(claims.CLAIMS.values()), claims.rooms(RESULTS)
 
 def test_the_table_has_a_line_a_claim_with_arms_spread_and_verdict():
     """tau .05 less .02: .1 and .11, seen; less .1: 0 and -.02, mean -.01, s.e. .01. Fewer queries
-    with another source's text nearer are better."""
+    with another source's text nearer are better. Seed 2 has tau .1 alone: it does not count."""
     table = verdicts.table(*SEEN).splitlines()
     tau, = [line for line in table if "tau" in line]
-    assert ".02: 0.445 ± 0.064<br>**.05**: 0.550 ± 0.071<br>.1: 0.673 ± 0.205 |" in tau
+    assert ".02: 0.445 ± 0.064<br>**.05**: 0.550 ± 0.071<br>.1: 0.560 ± 0.085 |" in tau
     assert tau.endswith(
-        "| **seen** against .02; **not told apart** from .1 (0.020 would have been) |")
+        "| **seen**: better than .02; **not told apart** from .1 (0.020 would have been seen) |")
     nearer, = [line for line in table if "other sources' texts" in line]
     assert "mixed: 0.450 ± 0.071 (20.0% wrong)" in nearer
-    assert nearer.endswith("| **seen** against mixed |")
+    assert nearer.endswith("| **seen**: better than mixed |")
     filtering, = [line for line in table if "consistency" in line]
-    assert "as it is: 0.550" in filtering and filtering.endswith("| **seen** against 20 % wrong |")
+    assert "as it is: 0.550" in filtering
+    assert filtering.endswith("| **seen**: better than 20 % wrong |")
     assert "| fp32 | 6.2 | *26.4* |" in table and "| bf16 |  | *12.6* |" in table
 
 

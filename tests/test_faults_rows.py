@@ -7,7 +7,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from plumbing import files
 from plumbing.probe import try_length
 from plumbing.refusals import line_of, run_command
 from plumbing.run import Metrics
-from tests.conftest import FLAGS, ROOT, small_encoder
+from tests.conftest import FLAGS, ROOT, small_encoder, without_rights
 from train import main as train
 
 needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads Linux's /proc")
@@ -362,14 +361,13 @@ def test_a_full_quota_is_a_full_disk(number):
     assert line_of(OSError(number, "", "a/file")).endswith("make room there, or write elsewhere")
 
 
-@pytest.mark.skipif(not shutil.which("setpriv"), reason="root is refused nothing")
 @pytest.mark.parametrize("path", [
     "sources.json", "left.jsonl", "toy", "toy/config.json", "toy/tokenizer.json",
     "toy/model.safetensors"])
 def test_no_permission_is_not_no_file(folder, path):
     os.chmod(path, 0)
     run = subprocess.run(
-        ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", sys.executable,
+        [*without_rights(), sys.executable,
          ROOT / "train.py", *FLAGS, "--out", "new"], capture_output=True, text=True)
     os.chmod(path, 0o700)
     line, = run.stderr.splitlines()
@@ -384,7 +382,8 @@ from plumbing import checkpoint
 from plumbing.refusals import line_of
 
 for look, path in ((read_rows, "top/*/a.jsonl"), (read_rows, "top/**/*.jsonl"),
-                   (read_rows, "top/shut/a.jsonl"), (checkpoint.newest, "run")):
+                   (read_rows, "top/shut/a.jsonl"), (checkpoint.newest, "run"),
+                   (read_rows, "through/open/*.jsonl")):
     try:
         print(path, "gives", len(list(look(path))))
     except OSError as error:
@@ -392,23 +391,27 @@ for look, path in ((read_rows, "top/*/a.jsonl"), (read_rows, "top/**/*.jsonl"),
 """
 
 
-@pytest.mark.skipif(not shutil.which("setpriv"), reason="root is refused nothing")
 def test_what_may_not_be_looked_into_is_not_passed_over(tmp_path, monkeypatch):
-    """Beside it lies what may; and a folder of checkpoints is not without any."""
+    """Beside it lies what may; and a folder of checkpoints is not without any. What a glob names
+    itself need only be passed through."""
     monkeypatch.chdir(tmp_path)
     shut = Path("top/shut"), Path("run/checkpoints")
-    for folder in (Path("top/open"), *shut):
+    for folder in (Path("top/open"), Path("through/open"), *shut):
         folder.mkdir(parents=True)
+    Path("through/open/a.jsonl").write_text('["q", "p"]\n')
+    Path("through").chmod(0o311)
     for name in ("open", "shut"):
         Path(f"top/{name}/a.jsonl").write_text('["q", "p"]\n')
     for folder in shut:
         folder.chmod(0)
     done = subprocess.run(
-        ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", sys.executable, "-c", LOOK],
+        [*without_rights(), sys.executable, "-c", LOOK],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     for folder in shut:
         folder.chmod(0o700)
-    *globs, file, run = done.stdout.splitlines()
+    Path("through").chmod(0o700)
+    *globs, file, run, through = done.stdout.splitlines()
+    assert through == "through/open/*.jsonl gives 1"
     assert all("top/shut/: permission denied" in line.lower() for line in globs), done
     assert "top/shut/a.jsonl: permission denied" in file.lower()
     assert "run/checkpoints: permission denied" in run.lower() and len(globs) == 2
@@ -430,12 +433,11 @@ for path in [*sorted(Path("toy").rglob("*.json")), Path("toy/1_Pooling")]:
 """
 
 
-@pytest.mark.skipif(not shutil.which("setpriv"), reason="root is refused nothing")
 def test_no_file_of_a_model_is_passed_over_for_want_of_permission(folder):
     """Without its modules.json it would be another model."""
     names = sorted(map(str, Path("toy").rglob("*.json")))
     run = subprocess.run(
-        ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", sys.executable, "-c", LOAD],
+        [*without_rights(), sys.executable, "-c", LOAD],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     lines = run.stdout.splitlines()
     assert [line.split()[0] for line in lines] == [*names, "toy/1_Pooling"], run.stderr
