@@ -220,7 +220,8 @@ class Engine:
                 if c >= first_kept:
                     self.graphs[c] = part
                     self.release_memory()  # of checkpointed layers much lies freed between
-        give_back_freed_memory()  # what was freed lies in pieces; the loss wants large ones
+        if first_kept > 0:
+            give_back_freed_memory()  # what was freed lies in pieces; the loss wants large ones
         return embeddings.requires_grad_()
 
     def backward(self, gradient: Tensor) -> None:

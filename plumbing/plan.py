@@ -168,7 +168,7 @@ def make_plan(encoder: nn.Module, args: argparse.Namespace, ranks: Ranks) -> Pla
             f"the graphs of {keep:,} kept; about {needed / 1e9:.2f} of at most {total / 1e9:.2f}")
     if peak * size > room:
         line += f": MORE THAN THERE IS; what helps: {', '.join(ways_to_less(args, size))}"
-    max_bytes = max(needed, total) if kind == "cpu" else math.inf
+    max_bytes = max(needed, total) - loss if kind == "cpu" else math.inf  # room for the loss
     return Plan(size, keep_tokens, line, max_bytes, min_tokens=MEASURED[kind])
 
 
