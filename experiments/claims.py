@@ -354,11 +354,11 @@ DIRECTIONS = {"queries only": "from-queries", "targets only": "from-positives", 
 BY_SOURCE = {"mixed": "mixed", "one source": "base"}
 
 
-def going_on(says: str, prefix: str = "", start: str = "base", score: tuple = MANY, **more: str
-             ) -> Claim:
+def going_on(says: str, prefix: str = "", start: str = "base", score: tuple = MANY,
+             optional: bool = True, **more: str) -> Claim:
     arms = {"stage II": start, "as many more steps": f"{prefix}more-steps",
             "as many more texts": f"{prefix}more-texts", "stage III": f"{prefix}stage-3"}
-    return Claim(says, "stage III", arms | more, *score, optional=says[0] == "(")
+    return Claim(says, "stage III", arms | more, *score, optional=optional)
 
 
 def by_kind(name: str) -> dict[str, str]:
@@ -383,7 +383,7 @@ CLAIMS = {
     "filtering": Claim("consistency filtering", "then filtered", {
         "as it is": "base", "20 % wrong": "swapped", "then filtered": "filtered"}, *MANY,
         aside="as it is"),
-    "stage-3": going_on("stage III lifts ranking"),
+    "stage-3": going_on("stage III lifts ranking", optional=False),
     "hard": Claim("hard negatives, confirmed by a cross-encoder", "mined, confirmed", {
         "random": "planted-random", "mined": "planted-unconfirmed",
         "mined, confirmed": "planted-confirmed"}, *MANY),

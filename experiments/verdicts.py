@@ -43,11 +43,12 @@ def values(results: dict, claim: Claim, label: str) -> dict[str, float]:
     found = {label: {} for label in claim.arms}
     for key, result in results.items():
         arm, _, seed = key.rpartition("/")
-        for each in (each for each in found if claim.arms[each] == arm):
-            score = result["scores"]
-            for name in claim.score:
-                score = score[name]
-            found[each][seed] = score
+        for each in found:
+            if claim.arms[each] == arm:
+                score = result["scores"]
+                for name in claim.score:
+                    score = score[name]
+                found[each][seed] = score
     shared = set.intersection(*[set(scores) for scores in found.values() if scores] or [set()])
     return {seed: score for seed, score in found[label].items() if seed in shared}
 
